@@ -1,0 +1,56 @@
+"""moemm trains one sparse mixture-of-experts model over any number of modalities.
+
+    >>> import moemm
+    >>> loaded = moemm.load_config("configs/recipes/quickstart.yaml", ["train.steps=100"])
+    >>> summary = moemm.train_run(loaded)
+
+Importing this package loads neither torch nor DeepSpeed; each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moemm.config import load_config as load_config
+    from moemm.data import DataFile as DataFile
+    from moemm.data import validate_file as validate_file
+    from moemm.data import write_file as write_file
+    from moemm.errors import MoemmError as MoemmError
+    from moemm.evaluate import evaluate_run as evaluate_run
+    from moemm.models import build_model as build_model
+    from moemm.ops import backend_info as backend_info
+    from moemm.train import load_run as load_run
+    from moemm.train import train as train_run  # noqa: F401
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "DataFile": ("moemm.data", "DataFile"),
+    "MoemmError": ("moemm.errors", "MoemmError"),
+    "backend_info": ("moemm.ops", "backend_info"),
+    "build_model": ("moemm.models", "build_model"),
+    "evaluate_run": ("moemm.evaluate", "evaluate_run"),
+    "load_config": ("moemm.config", "load_config"),
+    "load_run": ("moemm.train", "load_run"),
+    "train_run": ("moemm.train", "train"),  # not "train": that is the subpackage
+    "validate_file": ("moemm.data", "validate_file"),
+    "write_file": ("moemm.data", "write_file"),
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    """The public name, imported at its first use (PEP 562)."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'moemm' has no attribute {name!r}; public names: {', '.join(_PUBLIC)}")
+    module, attribute = _PUBLIC[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
