@@ -1,0 +1,103 @@
+// Checks at the entry of every op. moemm/ops checks first and says more; these keep direct calls memory-safe.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "moemm/types.h"
+
+#define MOEMM_CHECK_RANK(tensor, rank, shape)                                                                    \
+  TORCH_CHECK((tensor).dim() == (rank), op, ": " #tensor " must have shape " shape ", but has ", (tensor).dim(), \
+              " dimensions: ", (tensor).sizes())
+
+#define MOEMM_CHECK_SIZE(tensor, axis, expected, of)                                                                   \
+  TORCH_CHECK((tensor).size(axis) == (expected), op, ": " #tensor " must have ", (expected), " entries in dimension ", \
+              (axis), " (" of "), but has ", (tensor).size(axis))
+
+namespace moemm {
+
+inline void check_floating(const char* op, const char* name, const at::Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16, op, ": ", name,
+              " must be float32, float64 or bfloat16, but is ", type);
+}
+
+inline void check_same_type(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like) {
+  TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " must be ", like.scalar_type(),
+              " like the other arguments, but is ", tensor.scalar_type());
+}
+
+inline void check_index(const char* op, const char* name, const at::Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK(type == at::kInt || type == at::kLong, op, ": ", name, " must be int32 or int64, but is ", type);
+}
+
+inline void check_device(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like) {
+  TORCH_CHECK(tensor.device() == like.device(), op, ": ", name, " must be on ", like.device(),
+              " like the other arguments, but is on ", tensor.device());
+}
+
+// Outside the kernels' loops: building the message must not weigh on them.
+[[noreturn]] inline void throw_bad_index(const char* op, const char* name, int64_t at, int64_t value, int64_t size) {
+  TORCH_CHECK_INDEX(false, op, ": ", name, " holds ", value, " at flat position ", at, "; allowed is 0 to ", size - 1,
+                    ", or -1 for none");
+}
+
+// Rows of `tensor` must be contiguous; the distance between rows may be any.
+inline at::Tensor with_dense_rows(const at::Tensor& tensor) {
+  const bool dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
+  return dense ? tensor : tensor.contiguous();
+}
+
+// What permute and its backward pass demand of a plan.
+inline void check_plan(const char* op, const at::Tensor& order, const at::Tensor& inverse, const at::Tensor& like) {
+  MOEMM_CHECK_RANK(order, 1, "(R,)");
+  MOEMM_CHECK_RANK(inverse, 2, "(T, K)");
+  TORCH_CHECK(inverse.size(1) >= 1, op, ": inverse must have shape (T, K) with K >= 1, but K is 0");
+  check_index(op, "order", order);
+  check_same_type(op, "inverse", inverse, order);
+  check_device(op, "order", order, like);
+  check_device(op, "inverse", inverse, like);
+}
+
+inline void check_permute(const char* op, const at::Tensor& x, const at::Tensor& order, const at::Tensor& inverse) {
+  MOEMM_CHECK_RANK(x, 2, "(T, D)");
+  check_floating(op, "x", x);
+  check_plan(op, order, inverse, x);
+  MOEMM_CHECK_SIZE(inverse, 0, x.size(0), "T of x");
+}
+
+inline void check_permute_backward(const char* op, const at::Tensor& grad, const at::Tensor& order,
+                                   const at::Tensor& inverse) {
+  MOEMM_CHECK_RANK(grad, 2, "(R, D)");
+  check_floating(op, "grad", grad);
+  check_plan(op, order, inverse, grad);
+  MOEMM_CHECK_SIZE(order, 0, grad.size(0), "R of grad");
+}
+
+inline void check_combine(const char* op, const at::Tensor& y, const at::Tensor& inverse, const at::Tensor& gates) {
+  MOEMM_CHECK_RANK(y, 2, "(R, D)");
+  MOEMM_CHECK_RANK(inverse, 2, "(T, K)");
+  MOEMM_CHECK_RANK(gates, 2, "(T, K)");
+  MOEMM_CHECK_SIZE(gates, 0, inverse.size(0), "T of inverse");
+  MOEMM_CHECK_SIZE(gates, 1, inverse.size(1), "K of inverse");
+  check_floating(op, "y", y);
+  check_index(op, "inverse", inverse);
+  TORCH_CHECK(gates.scalar_type() == y.scalar_type() || gates.scalar_type() == at::kFloat, op, ": gates must be ",
+              y.scalar_type(), " like y, or float32, but is ", gates.scalar_type());
+  TORCH_CHECK(y.scalar_type() != at::kDouble || gates.scalar_type() == at::kDouble, op,
+              ": gates must be float64 like y, but is ", gates.scalar_type());
+  check_device(op, "inverse", inverse, y);
+  check_device(op, "gates", gates, y);
+}
+
+inline void check_combine_backward(const char* op, const at::Tensor& grad, const at::Tensor& y,
+                                   const at::Tensor& inverse, const at::Tensor& gates) {
+  check_combine(op, y, inverse, gates);
+  MOEMM_CHECK_RANK(grad, 2, "(T, D)");
+  MOEMM_CHECK_SIZE(grad, 0, inverse.size(0), "T of inverse");
+  MOEMM_CHECK_SIZE(grad, 1, y.size(1), "D of y");
+  check_same_type(op, "grad", grad, y);
+  check_device(op, "grad", grad, y);
+}
+
+}  // namespace moemm

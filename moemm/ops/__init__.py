@@ -1,0 +1,10 @@
+"""The Python face of csrc: what stands around the experts' matrix products.
+
+Without the compiled library the same functions run in plain PyTorch, after one warning; backend_info() tells.
+"""
+
+from moemm.ops.backend import backend_info
+from moemm.ops.combine import combine
+from moemm.ops.permute import permute
+
+__all__ = ["backend_info", "combine", "permute"]

@@ -1,0 +1,66 @@
+"""What ops demand of their arguments, in the words of the public functions. Reads shapes and types, never values."""
+
+from __future__ import annotations
+
+import torch
+
+from moemm.errors import KernelError
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+INDICES = (torch.int32, torch.int64)
+
+
+def rank(op: str, name: str, tensor: torch.Tensor, shape: str) -> None:
+    """The tensor has as many dimensions as `shape`, "(T, D)" say."""
+    if tensor.dim() != shape.count(",") + (not shape.endswith(",)")):
+        raise KernelError(f"{op}: {name} must have shape {shape}, but has {tuple(tensor.shape)}")
+
+
+def size(op: str, name: str, given: int, expected: int, what: str) -> None:
+    """A dimension's size is the one that another argument fixes."""
+    if given != expected:
+        raise KernelError(f"{op}: {name} must have {expected} entries along {what}, but has {given}")
+
+
+def dtype(op: str, name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """The tensor's type is one of `allowed`."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(one).removeprefix("torch.") for one in allowed)
+        raise KernelError(f"{op}: {name} must be of type {names}, but is {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def device(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """The tensor is on the same device as the first argument."""
+    if tensor.device != like.device:
+        raise KernelError(
+            f"{op}: {name} is on {tensor.device}, but the first argument is on {like.device}; move one of them"
+        )
+
+
+def plan(op: str, x_TD: torch.Tensor, order_R: torch.Tensor, inverse_TK: torch.Tensor) -> None:
+    """Arguments of permute."""
+    rank(op, "x", x_TD, "(T, D)")
+    rank(op, "order", order_R, "(R,)")
+    rank(op, "inverse", inverse_TK, "(T, K)")
+    dtype(op, "x", x_TD, FLOATS)
+    dtype(op, "order", order_R, INDICES)
+    dtype(op, "inverse", inverse_TK, (order_R.dtype,))
+    size(op, "inverse", inverse_TK.shape[0], x_TD.shape[0], "T (the rows of x)")
+    device(op, "order", order_R, x_TD)
+    device(op, "inverse", inverse_TK, x_TD)
+    if inverse_TK.shape[1] == 0:
+        raise KernelError(f"{op}: inverse must have shape (T, K) with K >= 1, but has {tuple(inverse_TK.shape)}")
+
+
+def weighted(op: str, y_RD: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: torch.Tensor) -> None:
+    """Arguments of combine."""
+    rank(op, "y", y_RD, "(R, D)")
+    rank(op, "inverse", inverse_TK, "(T, K)")
+    rank(op, "gates", gates_TK, "(T, K)")
+    dtype(op, "y", y_RD, FLOATS)
+    dtype(op, "inverse", inverse_TK, INDICES)
+    dtype(op, "gates", gates_TK, (y_RD.dtype, torch.float32) if y_RD.dtype == torch.bfloat16 else (y_RD.dtype,))
+    size(op, "gates", gates_TK.shape[0], inverse_TK.shape[0], "T (the rows of inverse)")
+    size(op, "gates", gates_TK.shape[1], inverse_TK.shape[1], "K (the columns of inverse)")
+    device(op, "inverse", inverse_TK, y_RD)
+    device(op, "gates", gates_TK, y_RD)

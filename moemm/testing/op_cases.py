@@ -1,0 +1,152 @@
+"""Cases that every op is held to: shapes, types, layouts and plans, with plain PyTorch in float64 as the oracle.
+
+    for case in op_cases():
+        case.check()
+
+To cover a new op, add a maker of its arguments to MAKERS. T tokens, D width, K slots a token, E experts, R rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moemm import ops
+from moemm.ops import reference
+
+Arguments = tuple[torch.Tensor, ...]
+
+SHAPES = (
+    (0, 8, 2, 4),
+    (1, 1, 1, 1),
+    (1, 7, 3, 4),
+    (5, 16, 1, 3),
+    (33, 17, 2, 8),
+    (64, 64, 4, 4),
+    (17, 130, 2, 5),
+    (9, 65, 8, 8),
+)
+"""(T, D, K, E): no token, one, one slot, K = E, odd widths, widths around the kernels' block of 64."""
+FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+INDICES = (torch.int64, torch.int32)
+LAYOUTS = ("dense", "apart", "transposed")
+PLANS = ("full", "one", "dropped", "padded")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-7}
+ALIGNMENT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class OpCase:
+    """One call of one op.
+
+    plan: "full": every slot has a row; "one": one expert takes all; "dropped": a third of the slots have no row;
+        "padded": each expert's rows are filled up to a multiple of ALIGNMENT.
+    layout: "dense"; "apart": rows with a gap between them; "transposed": columns contiguous.
+    """
+
+    op: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    index: torch.dtype
+    layout: str
+    plan: str
+
+    @property
+    def name(self) -> str:
+        """permute-33x17-k2-e8-float32-int64-apart-dropped"""
+        tokens, width, slots, experts = self.shape
+        kinds = "-".join(str(kind).removeprefix("torch.") for kind in (self.dtype, self.index))
+        return f"{self.op}-{tokens}x{width}-k{slots}-e{experts}-{kinds}-{self.layout}-{self.plan}"
+
+    def arguments(self, device: str = "cpu") -> Arguments:
+        """The same arguments at every call; those of floating type require a gradient."""
+        tensors = MAKERS[self.op](self, torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
+        return tuple(one.to(device).detach().requires_grad_(one.is_floating_point()) for one in tensors)
+
+    def check(self, device: str = "cpu") -> None:
+        """Output and gradients agree with the oracle's; raises AssertionError where not."""
+        arguments = self.arguments(device)
+        oracle = tuple(_exact(one) for one in arguments)
+        out, expected = getattr(ops, self.op)(*arguments), getattr(reference, self.op)(*oracle)
+        assert out.dtype == self.dtype, f"{self.name}: the output is {out.dtype}"
+        _close(out, expected, f"{self.name}: output")
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=device).view_as(out).to(self.dtype)
+        out.backward(weight)
+        expected.backward(weight.double())
+        for position, (one, exact) in enumerate(zip(arguments, oracle, strict=True)):
+            if one.requires_grad:
+                assert one.grad is not None, f"{self.name}: argument {position} has no gradient"
+                _close(one.grad, exact.grad, f"{self.name}: gradient of argument {position}")
+
+
+def op_cases(*names: str) -> Iterator[OpCase]:
+    """All cases of the ops `names`; of every op when none is named."""
+    kinds = (names or tuple(MAKERS), SHAPES, FLOATS, INDICES, LAYOUTS, PLANS)
+    return itertools.starmap(OpCase, itertools.product(*kinds))
+
+
+def make_plan(
+    experts_TK: torch.Tensor, *, kept_TK: torch.Tensor | None = None, alignment: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """order_R and inverse_TK: slots sorted by expert, stable; dropped slots have row -1, padding rows slot -1."""
+    slots = torch.arange(experts_TK.numel())
+    flat, kept = experts_TK.flatten(), slots if kept_TK is None else slots[kept_TK.flatten()]
+    parts = [torch.empty(0, dtype=torch.int64)]
+    for expert in range(int(flat.max()) + 1 if flat.numel() else 0):
+        own = kept[flat[kept] == expert]
+        parts += [own, own.new_full((-len(own) % alignment,), -1)]
+    order_R = torch.cat(parts)
+    inverse_R = torch.full_like(slots, -1)
+    rows = torch.nonzero(order_R >= 0).flatten()
+    inverse_R[order_R[rows]] = rows
+    return order_R, inverse_R.view_as(experts_TK)
+
+
+def _plan(case: OpCase, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, _, slots, experts = case.shape
+    experts_TK = torch.rand(tokens, experts, generator=generator).topk(slots, dim=1).indices
+    if case.plan == "one":
+        experts_TK = torch.zeros_like(experts_TK)
+    kept_TK = torch.rand(tokens, slots, generator=generator) > 1 / 3 if case.plan == "dropped" else None
+    alignment = ALIGNMENT if case.plan == "padded" else 1
+    order_R, inverse_TK = make_plan(experts_TK, kept_TK=kept_TK, alignment=alignment)
+    return order_R.to(case.index), inverse_TK.to(case.index)
+
+
+def _rows(case: OpCase, count: int, generator: torch.Generator) -> torch.Tensor:
+    width = case.shape[1]
+    if case.layout == "transposed":
+        return torch.randn(width, count, generator=generator).to(case.dtype).t()
+    gap = 3 if case.layout == "apart" else 0
+    return torch.randn(count, width + gap, generator=generator).to(case.dtype)[:, :width]
+
+
+def _permute(case: OpCase, generator: torch.Generator) -> Arguments:
+    order_R, inverse_TK = _plan(case, generator)
+    return _rows(case, case.shape[0], generator), order_R, inverse_TK
+
+
+def _combine(case: OpCase, generator: torch.Generator) -> Arguments:
+    """bfloat16 rows meet float32 gates with int64 indices, and bfloat16 ones with int32."""
+    order_R, inverse_TK = _plan(case, generator)
+    gates_TK = torch.rand(inverse_TK.shape, generator=generator)
+    mixed = case.dtype == torch.bfloat16 and case.index == torch.int64
+    return _rows(case, len(order_R), generator), inverse_TK, gates_TK if mixed else gates_TK.to(case.dtype)
+
+
+MAKERS: dict[str, Callable[[OpCase, torch.Generator], Arguments]] = {"permute": _permute, "combine": _combine}
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().double().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _close(actual: torch.Tensor, expected: torch.Tensor | None, what: str) -> None:
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}: {text}"
+    )

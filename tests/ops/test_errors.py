@@ -1,0 +1,96 @@
+"""Arguments that no op may take: each is an error that names the argument, never a wild read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moemm import ops
+from moemm.errors import KernelError
+from moemm.ops.backend import COMPILED
+
+T, D, K = 4, 6, 2
+X = torch.randn(T, D)
+Y = torch.randn(T * K, D)
+ORDER = torch.arange(T * K)
+INVERSE = ORDER.view(T, K)
+GATES = torch.rand(T, K)
+
+PERMUTE = {
+    "x must have shape (T, D)": (X[0], ORDER, INVERSE),
+    "order must have shape (R,)": (X, INVERSE, INVERSE),
+    "inverse must have shape (T, K)": (X, ORDER, ORDER),
+    "K >= 1": (X, ORDER[:0], INVERSE[:, :0]),
+    "inverse must have 4 entries along T": (X, ORDER, INVERSE[:3]),
+    "x must be of type float32, float64, bfloat16, but is float16": (X.half(), ORDER, INVERSE),
+    "x must be of type float32, float64, bfloat16, but is int64": (X.long(), ORDER, INVERSE),
+    "order must be of type int32, int64, but is int16": (X, ORDER.short(), INVERSE),
+    "inverse must be of type int64, but is int32": (X, ORDER, INVERSE.int()),
+    "order is on meta": (X, ORDER.to("meta"), INVERSE),
+    "inverse is on meta": (X, ORDER, INVERSE.to("meta")),
+}
+COMBINE = {
+    "y must have shape (R, D)": (Y[0], INVERSE, GATES),
+    "inverse must have shape (T, K)": (Y, ORDER, GATES),
+    "gates must have shape (T, K)": (Y, INVERSE, GATES[0]),
+    "gates must have 4 entries along T": (Y, INVERSE, GATES[:3]),
+    "gates must have 2 entries along K": (Y, INVERSE, GATES[:, :1]),
+    "y must be of type": (Y.half(), INVERSE, GATES),
+    "inverse must be of type int32, int64, but is float32": (Y, INVERSE.float(), GATES),
+    "gates must be of type float32, but is float64": (Y, INVERSE, GATES.double()),
+    "gates must be of type float64, but is float32": (Y.double(), INVERSE, GATES),
+    "gates must be of type bfloat16, float32, but is float64": (Y.bfloat16(), INVERSE, GATES.double()),
+    "inverse is on meta": (Y, INVERSE.to("meta"), GATES),
+    "gates is on meta": (Y, INVERSE, GATES.to("meta")),
+}
+CALLS = [("permute", text, given) for text, given in PERMUTE.items()]
+CALLS += [("combine", text, given) for text, given in COMBINE.items()]
+ON_CPU = [call for call in CALLS if "on meta" not in call[1]]  # a call with a meta tensor only computes shapes
+
+
+@pytest.mark.parametrize(("op", "text", "given"), CALLS, ids=[f"{op}: {text}" for op, text, _ in CALLS])
+def test_shape_type_and_device(op: str, text: str, given: tuple[torch.Tensor, ...]) -> None:
+    with pytest.raises(KernelError) as error:
+        getattr(ops, op)(*given)
+    assert text in str(error.value) and str(error.value).startswith(f"{op}: ")
+
+
+@pytest.mark.skipif(not COMPILED, reason="moemm._C is not built")
+@pytest.mark.parametrize(("op", "text", "given"), ON_CPU, ids=[f"{op}: {text}" for op, text, _ in ON_CPU])
+def test_direct_calls_are_refused_too(op: str, text: str, given: tuple[torch.Tensor, ...]) -> None:
+    with pytest.raises(RuntimeError):
+        getattr(torch.ops.moemm, op)(*given)
+
+
+@pytest.mark.parametrize("value", [-(2**31), -3, -2, T * K, T * K + 1, 2**31 - 1])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("position", [0, 5, T * K - 1])
+def test_index_out_of_range(value: int, index: torch.dtype, position: int) -> None:
+    order_R, inverse_TK = ORDER.to(index, copy=True), INVERSE.to(index, copy=True)
+    order_R[position] = value
+    inverse_TK.view(-1)[position] = value
+    with pytest.raises(IndexError):
+        ops.permute(X, order_R, INVERSE.to(index))
+    with pytest.raises(IndexError):
+        ops.combine(Y, inverse_TK, GATES)
+
+
+@pytest.mark.skipif(not COMPILED, reason="moemm._C is not built")
+def test_index_errors_name_argument_value_and_place() -> None:
+    inverse_TK = INVERSE.clone()
+    inverse_TK[1, 1] = 77
+    message = "inverse holds 77 at flat position 3; allowed is 0 to 7, or -1 for none"
+    with pytest.raises(IndexError, match=message):
+        ops.combine(Y, inverse_TK, GATES)
+    with pytest.raises(IndexError, match=message):
+        torch.ops.moemm.permute_backward(Y, ORDER, inverse_TK)
+    with pytest.raises(IndexError, match=message):
+        torch.ops.moemm.combine_backward(X, Y, inverse_TK, GATES)
+
+
+@pytest.mark.skipif(not COMPILED, reason="moemm._C is not built")
+def test_a_row_named_twice_is_refused_in_the_backward_pass() -> None:
+    inverse_TK = torch.zeros_like(INVERSE)
+    out_TD = ops.combine(Y.clone().requires_grad_(), inverse_TK, GATES)
+    with pytest.raises(IndexError, match="inverse names row 0 twice"):
+        out_TD.sum().backward()

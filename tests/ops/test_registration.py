@@ -1,0 +1,92 @@
+"""What torch asks of an op: schema, autograd, fake kernel, compile and export; and exact derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moemm import ops
+from moemm.ops.backend import COMPILED
+from moemm.testing.op_cases import MAKERS, OpCase
+
+needs_library = pytest.mark.skipif(not COMPILED, reason="moemm._C is not built")
+
+SHAPES = [(0, 8, 2, 4), (6, 5, 3, 4)]
+Tensors = tuple[torch.Tensor, ...]
+
+
+def arguments(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> Tensors:
+    return OpCase(op, shape, dtype, torch.int64, "dense", "dropped").arguments()
+
+
+def backward_arguments(op: str, shape: tuple[int, int, int, int]) -> Tensors:
+    first, *rest = arguments(op, shape)
+    out = getattr(ops, op)(first, *rest)
+    grad = torch.randn_like(out).requires_grad_()
+    return (grad, *rest) if op == "permute" else (grad, first, *rest)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", MAKERS)
+def test_opcheck(op: str, shape: tuple[int, int, int, int]) -> None:
+    results = torch.library.opcheck(getattr(torch.ops.moemm, op).default, arguments(op, shape))
+    assert list(results.values()) == ["SUCCESS"] * 4
+
+
+@needs_library
+@pytest.mark.parametrize("op", MAKERS)
+def test_opcheck_of_the_backward_op(op: str) -> None:
+    overload = getattr(torch.ops.moemm, f"{op}_backward").default
+    assert list(torch.library.opcheck(overload, backward_arguments(op, SHAPES[1])).values()) == ["SUCCESS"] * 4
+
+
+@pytest.mark.parametrize("plan", ["full", "dropped", "padded"])
+@pytest.mark.parametrize("op", MAKERS)
+def test_gradcheck_to_the_second_order(op: str, plan: str) -> None:
+    case = OpCase(op, (4, 3, 2, 3), torch.float64, torch.int64, "dense", plan)
+    function: Callable[..., torch.Tensor] = getattr(ops, op)
+    assert torch.autograd.gradcheck(function, case.arguments())
+    assert torch.autograd.gradgradcheck(function, case.arguments())
+
+
+def dispatch(
+    x_TD: torch.Tensor, order_R: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: torch.Tensor
+) -> torch.Tensor:
+    return ops.combine(ops.permute(x_TD, order_R, inverse_TK).sin(), inverse_TK, gates_TK)
+
+
+def test_compiles_as_one_graph_with_changing_sizes() -> None:
+    compiled = torch.compile(dispatch, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 12, 31):
+        x_TD, order_R, inverse_TK = arguments("permute", (tokens, 8, 2, 4))
+        gates_TK = torch.rand(inverse_TK.shape, requires_grad=True)
+        wanted = torch.autograd.grad(dispatch(x_TD, order_R, inverse_TK, gates_TK).sum(), (x_TD, gates_TK))
+        given = torch.autograd.grad(compiled(x_TD, order_R, inverse_TK, gates_TK).sum(), (x_TD, gates_TK))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, given, strict=True))
+
+
+class Dispatch(torch.nn.Module):
+    def forward(self, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return dispatch(x, order, inverse, gates)
+
+
+def test_exports() -> None:
+    x_TD, order_R, inverse_TK = arguments("permute", (6, 8, 2, 4))
+    inputs = (x_TD.detach(), order_R, inverse_TK, torch.rand(inverse_TK.shape))
+    exported = torch.export.export(Dispatch(), inputs).module()
+    torch.testing.assert_close(exported(*inputs), dispatch(*inputs))
+
+
+@needs_library
+def test_shapes_beyond_two_to_the_31_elements() -> None:
+    tokens, width, slots = 2**20, 2**12, 2
+    with FakeTensorMode():
+        order_R = torch.empty(tokens * slots, dtype=torch.int64)
+        x_RD = ops.permute(torch.empty(tokens, width), order_R, order_R.view(tokens, slots))
+        out_TD = ops.combine(x_RD, order_R.view(tokens, slots), torch.empty(tokens, slots))
+    assert x_RD.shape == (tokens * slots, width)
+    assert out_TD.shape == (tokens, width)
