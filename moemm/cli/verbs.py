@@ -1,0 +1,59 @@
+"""The verbs of `moemm` as data: name, where it is, what it does. Importing this imports none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """One verb. `target` is `module:class` of a dataclass whose fields are the options and whose `run` does the work.
+
+    overrides: it takes keys of the configuration, as in --model.dim 128.
+    """
+
+    usage: str
+    target: str
+    help: str
+    overrides: bool = False
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        usage="CONFIG",
+        target="moemm.cli.train:Train",
+        help="train; alone or under `deepspeed` or `torchrun`",
+        overrides=True,
+    ),
+    "evaluate": Verb(
+        usage="RUN",
+        target="moemm.cli.evaluate:Evaluate",
+        help="score a run, with modalities taken away if wanted",
+    ),
+    "config show": Verb(
+        usage="CONFIG",
+        target="moemm.cli.config:Show",
+        help="all values of a configuration, with their origin",
+        overrides=True,
+    ),
+    "config explain": Verb(
+        usage="[KEY]",
+        target="moemm.cli.config:Explain",
+        help="what one key, or each, takes and does",
+    ),
+    "data inspect": Verb(
+        usage="FILE",
+        target="moemm.cli.data:Inspect",
+        help="modalities, splits, classes, licence of a file",
+    ),
+    "data validate": Verb(
+        usage="FILE...",
+        target="moemm.cli.data:Validate",
+        help="check data files from end to end",
+    ),
+    "doctor": Verb(
+        usage="",
+        target="moemm.cli.doctor:Doctor",
+        help="what is installed, live and wrong; a self test",
+    ),
+}

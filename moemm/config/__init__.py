@@ -1,0 +1,38 @@
+"""Typed, strict configuration: YAML and overrides in, a checked `Config` out. Imports no torch."""
+
+from moemm.config.deepspeed import check_ranks, deepspeed_section
+from moemm.config.dump import config_hash, save_config, show, to_dict, to_yaml
+from moemm.config.load import LoadedConfig, from_dict, load_config
+from moemm.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DeepSpeedConfig,
+    ExpertsConfig,
+    ModalityConfig,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "ExpertsConfig",
+    "LoadedConfig",
+    "ModalityConfig",
+    "ModelConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "check_ranks",
+    "config_hash",
+    "deepspeed_section",
+    "from_dict",
+    "load_config",
+    "save_config",
+    "show",
+    "to_dict",
+    "to_yaml",
+]

@@ -1,0 +1,207 @@
+"""The whole configuration, as dataclasses. The text under each field is its help; docs/config.md is made from it.
+
+Imports no torch: help, config errors and plans answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval, Le, MinLen
+
+Fraction = Annotated[float, Interval(ge=0.0, le=1.0)]
+Share = Annotated[float, Interval(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Gt(0.0)]
+NonNegative = Annotated[float, Ge(0.0)]
+Count = Annotated[int, Ge(1)]
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """One thing to learn: a label of a data file."""
+
+    name: Annotated[str, MinLen(1)]
+    """Name of the task: in tables, TensorBoard tags, and the name of its head."""
+    file: Annotated[str, MinLen(1)]
+    """HDF5 file in moemm's format; a relative path starts at `data.root`."""
+    label: Annotated[str, MinLen(1)] = "label"
+    """Data set of the file that holds the target: `label`, or `label_<aux>` for a second target on the same samples."""
+    rename: dict[str, str] = field(default_factory=dict)
+    """Modality name in the file -> name in this run. Modalities of one name share tokenizer, embedding and experts."""
+    modalities: Annotated[list[str], MinLen(1)] | None = None
+    """Modalities (after renaming) to use; all of the file when not given."""
+    weight: Positive = 1.0
+    """Factor on this task's loss."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What to learn from, and in which mixture."""
+
+    tasks: Annotated[list[TaskConfig], MinLen(1)]
+    """The tasks, in the order in which they appear everywhere."""
+    root: Annotated[str, MinLen(1)] = "."
+    """Folder that relative `file`s start at; itself relative to the config file."""
+    temperature: Annotated[float, Ge(1.0)] = 1.0
+    """Tasks are drawn with probability n^(1/temperature): 1 is proportional to size, large is uniform."""
+    modality_dropout: Share = 0.0
+    """Probability of taking a modality away from a training sample; the last one always stays."""
+    num_workers: Annotated[int, Ge(0)] = 1
+    """Worker processes that read and pack; 0 reads in the training process."""
+    prefetch: Count = 4
+    """Batches that each worker keeps ready."""
+
+
+@dataclass(kw_only=True)
+class ModalityConfig:
+    """How one modality becomes tokens. What is not given comes from the kind's defaults."""
+
+    kind: Annotated[str, MinLen(1)] | None = None
+    """Tokenizer to use in place of the one that the file's `kind` attribute names."""
+    patch: Annotated[list[Count], MinLen(1)] | None = None
+    """image: [height, width]; video: [frames, height, width]; audio, timeseries, sensor: [frames]."""
+    normalize: Literal["train", "sample", "none"] | None = None
+    """Signals: subtract mean and divide by deviation of the train split, of each sample, or not at all."""
+    vocabulary: Literal["word", "subword", "bytes"] | None = None
+    """text: what a token is. Word and subword vocabularies are fitted on the train split and stored with the run."""
+    vocab_size: Count | None = None
+    """text: largest number of vocabulary entries."""
+    max_tokens: Count | None = None
+    """text: longer samples are cut here."""
+    num_mels: Count | None = None
+    """Waveforms: mel bands."""
+    window_ms: Positive | None = None
+    """Waveforms: analysis window in milliseconds."""
+    hop_ms: Positive | None = None
+    """Waveforms: step between frames in milliseconds."""
+    dropout: Share | None = None
+    """Share of this modality's tokens that are left out while training."""
+    noise: NonNegative | None = None
+    """Signals: deviation of the Gaussian noise added while training, after normalisation."""
+
+
+@dataclass(kw_only=True)
+class ExpertsConfig:
+    """The experts of each MoE layer: one shared, one a modality (or group), and a pool routed per token."""
+
+    shared_width: Annotated[int, Ge(0)] = 128
+    """Hidden width of the expert that sees every token; 0 leaves it out."""
+    modality_width: Annotated[int, Ge(0)] = 64
+    """Hidden width of each modality expert; 0 leaves them out."""
+    routed: Annotated[int, Ge(0)] = 4
+    """Number of routed experts that every modality may use; 0 leaves out the router."""
+    routed_width: Count = 64
+    """Hidden width of each routed expert."""
+    top_k: Count = 1
+    """Routed experts a token uses."""
+    groups: list[Annotated[list[str], MinLen(1)]] = field(default_factory=list)
+    """Modalities that share one modality expert; those not named have their own."""
+    balance_weight: NonNegative = 0.01
+    """Weight of the load-balance loss, per layer and modality."""
+    z_weight: NonNegative = 0.001
+    """Weight of the router z-loss, per layer and modality."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The packed transformer trunk."""
+
+    dim: Annotated[int, Ge(8)] = 64
+    """Width of the token stream."""
+    layers: Count = 2
+    """Blocks of attention + MoE."""
+    heads: Count = 4
+    """Attention heads; must divide `dim`."""
+    moe: Literal["sparse", "dense"] = "sparse"
+    """`sparse`: the experts below. `dense`: one FFN of equal active width, to compare with."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """The experts of each layer."""
+    activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
+    """Activation inside experts and FFNs."""
+    dropout: Share = 0.0
+    """Dropout on the output of attention and FFN, and before the heads."""
+    attention: Literal["auto", "padded", "nested"] = "auto"
+    """How attention over packed samples runs: dense blocks by length, or nested tensors; auto picks by device."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When to save, and how many to keep."""
+
+    every: Annotated[int, Ge(0)] = 0
+    """Steps between checkpoints; 0 saves only at the end and on a signal."""
+    keep: Count = 2
+    """Newest checkpoints to keep; older ones go once a newer one is verified."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The optimisation."""
+
+    output: Annotated[str, MinLen(1)] = "runs/default"
+    """Folder of the run: config, vocabularies, metrics, checkpoints. Relative to the working directory."""
+    epochs: Positive | None = None
+    """Passes over the mixture (one epoch: as many samples as the train splits hold together)."""
+    steps: Count | None = None
+    """Optimizer steps; give this or `epochs`."""
+    batch_size: Count = 64
+    """Samples an optimizer step, over all ranks: batch_size = micro-batch x accumulation x ranks."""
+    accumulation: Count = 1
+    """Micro-batches an optimizer step on each rank."""
+    lr: Positive = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: NonNegative = 0.05
+    """AdamW's decoupled weight decay, on matrices only."""
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    """AdamW's betas."""
+    warmup: Fraction = 0.05
+    """Share of the steps during which the learning rate rises linearly."""
+    min_lr: Fraction = 0.0
+    """Last learning rate of the cosine, as a share of `lr`."""
+    clip: NonNegative = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    label_smoothing: Share = 0.0
+    """Label smoothing of classification losses."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of weights and activations; bf16 keeps fp32 master weights and needs `deepspeed.zero_stage` >= 1."""
+    seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = 0
+    """Seeds weights, order of the data and dropout."""
+    deterministic: bool = True
+    """Refuse operations that are not deterministic."""
+    log_every: Count = 10
+    """Steps between lines of metrics."""
+    eval_every: Annotated[int, Ge(0)] = 0
+    """Steps between evaluations on the val split; 0 evaluates only at the end."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+
+
+@dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """The engine. Its own configuration is made from the sections above."""
+
+    zero_stage: Annotated[int, Ge(0), Le(3)] = 0
+    """ZeRO stage: what is sharded over ranks. 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    timeout_s: Positive = 120.0
+    """Seconds after which a collective that lacks a rank ends the run."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Passed on to DeepSpeed as it is; its top-level keys are checked, and it may not contradict what moemm sets."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A run of moemm."""
+
+    name: Annotated[str, MinLen(1)] = "run"
+    """Name of the recipe, for tables and reports."""
+    data: DataConfig
+    """What to learn from."""
+    modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+    """Options of single modalities, by name after renaming."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The optimisation."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """The engine."""

@@ -1,0 +1,1 @@
+"""What one sees of a run: terminal, metrics.jsonl, TensorBoard, tables, and `doctor`."""

@@ -1,0 +1,187 @@
+"""Values that are right one by one and wrong together."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+
+from moemm.config import check_ranks, deepspeed_section, from_dict
+from moemm.config.check import KIND_OPTIONS
+from moemm.errors import ConfigError
+
+TASK = {"name": "digits", "file": "digits.h5", "modalities": ["image", "sound"]}
+
+PAIRS: dict[str, tuple[dict[str, Any], str]] = {
+    "heads and dim": ({"model": {"dim": 64, "heads": 5}}, r"model\.heads: does not divide model\.dim, which is 64"),
+    "top_k and routed": ({"model": {"experts": {"routed": 2, "top_k": 3}}}, r"top_k: is more than .*, which is 2"),
+    "no experts": (
+        {"model": {"experts": {"routed": 0, "shared_width": 0, "modality_width": 0}}},
+        r"model\.experts: leaves no expert at all",
+    ),
+    "steps and epochs": ({"train": {"epochs": 2, "steps": 5}}, r"train\.steps: given together with train\.epochs"),
+    "neither steps nor epochs": ({"train": {"epochs": None}}, r"train\.epochs: is missing, and train\.steps too"),
+    "batch and accumulation": ({"train": {"batch_size": 10, "accumulation": 4}}, r"batch_size: is not divisible"),
+    "bf16 and stage 0": ({"train": {"precision": "bf16"}}, r"train\.precision: needs deepspeed\.zero_stage >= 1"),
+    "two tasks of one name": (
+        {"data": {"tasks": [TASK, TASK | {"file": "other.h5"}]}},
+        r"data\.tasks\.1\.name: is the name of two tasks",
+    ),
+    "one task under two names": (
+        {"data": {"tasks": [TASK, TASK | {"name": "again"}]}},
+        r"data\.tasks\.1: is the same file, label and modalities as task digits",
+    ),
+    "a task that is a path": ({"data": {"tasks": [TASK | {"name": "a/b"}]}}, r"tasks\.0\.name: .* no / and no dot"),
+    "renames that collide": (
+        {"data": {"tasks": [TASK | {"rename": {"left": "image", "right": "image"}}]}},
+        r"data\.tasks\.0\.rename: gives 2 modalities of one file the name image",
+    ),
+    "the old name of a rename": (
+        {"data": {"tasks": [TASK | {"rename": {"image": "photo"}, "modalities": ["image", "photo"]}]}},
+        r"data\.tasks\.0\.modalities: names image, which `rename` turns into photo",
+    ),
+    "a rename that is left out": (
+        {"data": {"tasks": [TASK | {"rename": {"img": "photo"}}]}},
+        r"data\.tasks\.0\.rename: renames img to photo, which `modalities` leaves out",
+    ),
+    "a modality twice": (
+        {"data": {"tasks": [TASK | {"modalities": ["image", "sound", "image"]}]}},
+        r"data\.tasks\.0\.modalities: names image 2 times",
+    ),
+    "options of a modality that nobody has": ({"modalities": {"imag": {}}}, r"imag: .*; did you mean image\?"),
+    "a group with a modality that nobody has": (
+        {"model": {"experts": {"groups": [["image", "sounds"]]}}},
+        r"experts\.groups: names sounds, which no task has; did you mean sound\?",
+    ),
+    "a modality in two groups": (
+        {"model": {"experts": {"groups": [["image", "sound"], ["image"]]}}},
+        r"experts\.groups: names image 2 times",
+    ),
+    "a modality twice in a group": ({"model": {"experts": {"groups": [["image", "image"]]}}}, r"names image 2 times"),
+    "groups without modality experts": (
+        {"model": {"experts": {"groups": [["image"]], "modality_width": 0}}},
+        r"experts\.groups: groups modality experts, but",
+    ),
+    "a vocabulary of an image": (
+        {"modalities": {"image": {"kind": "image", "vocabulary": "word"}}},
+        r"modalities\.image\.vocabulary: is no option of kind image",
+    ),
+    "a patch of text": ({"modalities": {"sound": {"kind": "text", "patch": [4]}}}, r"is no option of kind text"),
+    "mel bands of a sensor": (
+        {"modalities": {"sound": {"kind": "sensor", "num_mels": 8}}},
+        r"no option of kind sensor",
+    ),
+    "noise on a table": ({"modalities": {"sound": {"kind": "tabular", "noise": 0.1}}}, r"is no option of kind tabular"),
+    "a patch of one number for an image": (
+        {"modalities": {"image": {"kind": "image", "patch": [4]}}},
+        r"modalities\.image\.patch: has 1 numbers; kind image takes 2",
+    ),
+    "a patch of two numbers for a video": (
+        {"modalities": {"image": {"kind": "video", "patch": [4, 4]}}},
+        r"kind video takes 3",
+    ),
+    "a kind with a typo": ({"modalities": {"image": {"kind": "imgae"}}}, r"image\.kind: .*did you mean image\?"),
+    "bytes and vocab_size": (
+        {"modalities": {"sound": {"vocabulary": "bytes", "vocab_size": 99}}},
+        r"modalities\.sound\.vocab_size: has no meaning",
+    ),
+    "a hop longer than the window": (
+        {"modalities": {"sound": {"window_ms": 10, "hop_ms": 20}}},
+        r"modalities\.sound\.hop_ms: is longer than the window of 10 ms",
+    ),
+    "two stages": (
+        {"deepspeed": {"extra": {"zero_optimization": {"stage": 2}}}},
+        r"zero_optimization\.stage: is set by moemm; use deepspeed\.zero_stage",
+    ),
+    "two batch sizes": ({"deepspeed": {"extra": {"train_batch_size": 8}}}, r"is set by moemm; use train\.batch_size"),
+    "two accumulations": ({"deepspeed": {"extra": {"gradient_accumulation_steps": 2}}}, r"use train\.accumulation"),
+    "two clippings": ({"deepspeed": {"extra": {"gradient_clipping": 0.5}}}, r"use train\.clip"),
+    "two optimizers": ({"deepspeed": {"extra": {"optimizer": {"type": "Adam"}}}}, r"use train\.lr, train\.betas"),
+    "two schedules": ({"deepspeed": {"extra": {"scheduler": {}}}}, r"use train\.warmup"),
+    "two precisions": ({"deepspeed": {"extra": {"bf16": {"enabled": True}}}}, r"bf16\.enabled: .*use train\.precision"),
+    "fp16": ({"deepspeed": {"extra": {"fp16": {"enabled": True}}}}, r"use train\.precision \(fp32 or bf16\)"),
+    "a pipeline": ({"deepspeed": {"extra": {"pipeline": {}}}}, r"is not for moemm: the model is no pipeline module"),
+    "a removed key": ({"deepspeed": {"extra": {"elasticity": {}}}}, r"elasticity: was removed from DeepSpeed"),
+    "a typo for DeepSpeed": ({"deepspeed": {"extra": {"zero_optimisation": {}}}}, r"did you mean zero_optimization\?"),
+    "a typo inside ZeRO": (
+        {"deepspeed": {"extra": {"zero_optimization": {"overlap_com": True}}}},
+        r"overlap_com: DeepSpeed has no such key; did you mean overlap_comm\?",
+    ),
+    "a deprecated key of ZeRO": (
+        {"deepspeed": {"extra": {"zero_optimization": {"cpu_offload": True}}}},
+        r"zero_optimization\.cpu_offload: is deprecated",
+    ),
+    "ZeRO that is no mapping": ({"deepspeed": {"extra": {"zero_optimization": True}}}, r"must be a mapping"),
+    "weights off the GPU at stage 2": (
+        {"deepspeed": {"zero_stage": 2, "extra": {"zero_optimization": {"offload_param": {"device": "cpu"}}}}},
+        r"offload_param: needs deepspeed\.zero_stage 3, which is 2",
+    ),
+    "stage 3's options at stage 1": (
+        {"deepspeed": {"zero_stage": 1, "extra": {"zero_optimization": {"stage3_max_live_parameters": 5}}}},
+        r"needs deepspeed\.zero_stage 3, which is 1",
+    ),
+    "optimizer off the GPU at stage 0": (
+        {"deepspeed": {"extra": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}},
+        r"needs deepspeed\.zero_stage >= 1",
+    ),
+    "clipping without a norm": (
+        {"deepspeed": {"zero_stage": 1, "extra": {"zero_optimization": {"compute_grad_norm": False}}}},
+        r"compute_grad_norm: is what clipping needs",
+    ),
+}
+
+
+def merged(values: dict[str, Any]) -> dict[str, Any]:
+    whole: dict[str, Any] = {"data": {"tasks": [TASK]}, "train": {"epochs": 2}}
+    for section, keys in copy.deepcopy(values).items():
+        whole[section] = whole.get(section, {}) | keys
+    return whole
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_contradictions_are_refused(name: str) -> None:
+    values, message = PAIRS[name]
+    with pytest.raises(ConfigError) as caught:
+        from_dict(merged(values), origin="a test")
+    assert str(caught.value).startswith("a test: 1 problem"), str(caught.value)
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_there_are_enough_pairs() -> None:
+    assert len(PAIRS) >= 40
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model": {"dim": 30, "heads": 5}},
+        {"model": {"experts": {"routed": 0, "top_k": 3}}},
+        {"model": {"experts": {"groups": [["image", "sound"]]}}},
+        {"train": {"epochs": None, "steps": 5}},
+        {"train": {"precision": "bf16"}, "deepspeed": {"zero_stage": 1}},
+        {"modalities": {"image": {"kind": "radar", "patch": [1, 2, 3, 4]}}},
+        {"modalities": {"image": {"patch": [4, 4]}}},
+        {"deepspeed": {"zero_stage": 3, "extra": {"zero_optimization": {"stage3_max_live_parameters": 5}}}},
+        {"data": {"tasks": [TASK, TASK | {"name": "one", "modalities": ["image"]}]}},
+        {"data": {"tasks": [TASK | {"modalities": None}]}, "modalities": {"whatever": {}}},
+    ],
+)
+def test_what_only_looks_like_a_contradiction_is_accepted(values: dict[str, Any]) -> None:
+    from_dict(merged(values), origin="a test")
+
+
+def test_a_batch_must_divide_over_the_ranks() -> None:
+    config = from_dict(merged({"train": {"epochs": 1, "batch_size": 8, "accumulation": 2}}), origin="a test")
+    assert not list(check_ranks(config, world_size=4))
+    with pytest.raises(ConfigError, match=r"cannot be dealt out to 3 ranks x 2 .*\n.*given:   8\n.*a multiple of 6"):
+        deepspeed_section(config, world_size=3)
+    with pytest.raises(ConfigError, match="at least 1 rank"):
+        deepspeed_section(config, world_size=0)
+
+
+def test_the_options_of_each_kind_are_those_of_its_tokenizer() -> None:
+    modalities = pytest.importorskip("moemm.modalities")
+    shipped = {kind: set(tokenizer.defaults) for kind, tokenizer in modalities.KINDS.items()}
+    assert shipped == KIND_OPTIONS
