@@ -1,0 +1,41 @@
+"""The packed stream: the tokens of all modalities of all samples, one after the other, nothing padded.
+
+Tokens stand modality by modality (experts then read runs of memory), and inside a modality sample by sample.
+T tokens, D width, B samples, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moemm.data.sample import PackedBatch
+from moemm.modalities.base import Tokens
+
+
+@dataclass(slots=True)
+class Stream:
+    """values_TD (T, D); modality_T, sample_T (T,) int64; position_TP (T, 3), time_T (T,); num_samples B."""
+
+    values_TD: torch.Tensor
+    modality_T: torch.Tensor
+    sample_T: torch.Tensor
+    position_TP: torch.Tensor
+    time_T: torch.Tensor
+    num_samples: int
+
+
+def join(parts: Sequence[Tokens], batch: PackedBatch) -> Stream:
+    """The tokens of every modality, in the batch's order of modalities, as one stream."""
+    samples = [packed.sample[tokens.row_T] for packed, tokens in zip(batch.modalities.values(), parts, strict=True)]
+    numbers = [torch.full_like(tokens.row_T, number) for number, tokens in enumerate(parts)]
+    return Stream(
+        torch.cat([tokens.values_TD for tokens in parts]),
+        torch.cat(numbers),
+        torch.cat(samples),
+        torch.cat([tokens.position_TP for tokens in parts]),
+        torch.cat([tokens.time_T for tokens in parts]),
+        batch.num_samples,
+    )

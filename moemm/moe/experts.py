@@ -1,0 +1,45 @@
+"""The feed-forward networks that experts are. N rows, D width, F hidden width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    """Squared ReLU (Primer, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU of the first half times the second (arXiv:2002.05202): (N, 2F) -> (N, F)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu2": relu2, "swiglu": swiglu}
+
+
+class FeedForward(nn.Module):
+    """x -> w2 act(w1 x), without biases; (N, D) -> (N, D), N = 0 included.
+
+    w1_FD is (F, D), or (2F, D) for swiglu; w2_DF is (D, F).
+    """
+
+    def __init__(self, dim: int, width: int, *, activation: str, num_layers: int = 1):
+        super().__init__()
+        hidden = 2 * width if activation == "swiglu" else width
+        self.w1_FD = nn.Parameter(torch.empty(hidden, dim))
+        self.w2_DF = nn.Parameter(torch.empty(dim, width))
+        self.activation = ACTIVATIONS[activation]
+        nn.init.normal_(self.w1_FD, std=dim**-0.5)
+        # The stream adds up 2 x num_layers branches: each starts small enough to keep its variance.
+        nn.init.normal_(self.w2_DF, std=width**-0.5 / math.sqrt(2 * num_layers))
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, D)."""
+        return F.linear(self.activation(F.linear(x_ND, self.w1_FD)), self.w2_DF)

@@ -1,0 +1,98 @@
+"""The MoE layer: shared expert + modality experts + routed experts, by one expert map.
+
+T tokens, D width, E experts that are dispatched to (modality ones first, then routed ones), K slots a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moemm.moe.dispatcher import Plan
+from moemm.moe.expert_map import ExpertMap
+from moemm.moe.experts import FeedForward
+from moemm.moe.router import Router, Routing
+from moemm.moe.stats import RouterStats, sum_by_modality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """What all experts of a trunk have in common."""
+
+    dim: int
+    activation: str
+    num_layers: int
+    top_k: int
+
+
+class MoELayer(nn.Module):
+    """y = shared(x) + modality_expert(x) + sum over top-k of gate x routed_expert(x).
+
+    Every expert is called in the map's order, with zero rows where it has none, so that each rank's parameters get
+    their gradients in the same order (ZeRO-1 and 2 mix them up otherwise).
+    """
+
+    own_M: torch.Tensor | None
+
+    def __init__(self, expert_map: ExpertMap, shape: ExpertShape):
+        super().__init__()
+        self.map = expert_map
+        self.shared = nn.ModuleDict({e.id: _expert(e.width, shape) for e in expert_map.of_kind("shared")})
+        dispatched = expert_map.of_kind("modality") + expert_map.of_kind("routed")
+        self.experts = nn.ModuleDict({e.id: _expert(e.width, shape) for e in dispatched})
+        self.num_modality_experts = len(expert_map.of_kind("modality"))
+        allowed_ME = expert_map.allowed("modality")
+        self.register_buffer("own_M", allowed_ME.int().argmax(-1) if allowed_ME.numel() else None, persistent=False)
+        routed = expert_map.of_kind("routed")
+        self.router = (
+            Router(shape.dim, [e.id for e in routed], expert_map.allowed("routed"), top_k=shape.top_k)
+            if routed
+            else None
+        )
+
+    def forward(self, x_TD: torch.Tensor, modality_T: torch.Tensor) -> tuple[torch.Tensor, RouterStats | None]:
+        """x_TD (T, D), modality_T (T,) int64 -> (T, D), and the router's statistics where there is a router."""
+        out_TD = torch.zeros_like(x_TD)
+        for shared in self.shared.values():
+            out_TD = out_TD + shared(x_TD)
+        if not self.experts:
+            return out_TD, None
+        gates_TK, experts_TK, stats = self._slots(x_TD, modality_T)
+        plan = Plan.from_experts(experts_TK, num_experts=len(self.experts))
+        rows = plan.permute(x_TD).split(plan.counts)
+        y_RD = torch.cat([expert(x) for expert, x in zip(self.experts.values(), rows, strict=True)])
+        return out_TD + plan.combine(y_RD, gates_TK), stats
+
+    def _slots(
+        self, x_TD: torch.Tensor, modality_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, RouterStats | None]:
+        """Gates and experts of every slot: first the modality's own expert (gate 1), then the routed ones."""
+        gates, experts, stats = [], [], None
+        if self.own_M is not None:
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            gates.append(x_TD.new_ones(x_TD.shape[0], 1, dtype=wide))
+            experts.append(self.own_M[modality_T, None])
+        if self.router is not None:
+            routing, z_T = self.router(x_TD, modality_T)
+            gates.append(routing.gates_TK)
+            experts.append(routing.experts_TK + self.num_modality_experts)
+            stats = _stats(routing, z_T, modality_T, len(self.map.modalities))
+        return torch.cat(gates, dim=1), torch.cat(experts, dim=1), stats
+
+
+def _expert(width: int, shape: ExpertShape) -> FeedForward:
+    return FeedForward(shape.dim, width, activation=shape.activation, num_layers=shape.num_layers)
+
+
+def _stats(routing: Routing, z_T: torch.Tensor, modality_T: torch.Tensor, num_modalities: int) -> RouterStats:
+    """Sums over the tokens of each modality, as one layer of RouterStats."""
+    chosen_TE = torch.zeros_like(routing.prob_TE).scatter(1, routing.experts_TK, 1.0)
+    ones_T1 = torch.ones_like(z_T)[:, None]
+    return RouterStats(
+        sum_by_modality(chosen_TE, modality_T, num_modalities)[None],
+        sum_by_modality(routing.prob_TE, modality_T, num_modalities)[None],
+        sum_by_modality(z_T.square()[:, None], modality_T, num_modalities)[None, :, 0],
+        sum_by_modality(ones_T1, modality_T, num_modalities)[:, 0],
+    )
