@@ -73,7 +73,7 @@ $(DONE)/2-torch: constraints.txt | $(DONE)/1-venv
 $(DONE)/3-packages: $(DONE)/2-torch pyproject.toml
 	@echo "[3/5] installing DeepSpeed and the other packages ..."
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		extra = p["optional-dependencies"]; print(*p["dependencies"], *extra["dev"], *extra["baseline"], sep="\n")' \
+		extra = p["optional-dependencies"]; print(*p["dependencies"], *extra["dev"], sep="\n")' \
 		> $(VENV)/requirements.txt
 	@$(PIP) --no-build-isolation -r $(VENV)/requirements.txt
 	@touch $@
