@@ -37,10 +37,10 @@ def token_by_token(layer: MoELayer, x_TD: torch.Tensor, modality_T: torch.Tensor
             if expert.serves(NAMES[modality]):
                 y_D = y_D + layer.experts[expert.id](x_D)
         if layer.router is not None:
-            logits = torch.stack([(row.float() * x_D.float()).sum() for row in layer.router.rows.values()])
+            logits = torch.stack([(row * x_D).sum() for row in layer.router.rows.values()])
             prob = logits.softmax(0)
             for chosen in prob.argsort(descending=True)[: layer.router.top_k].tolist():
-                y_D = y_D + prob[chosen].double() * layer.experts[f"routed_{chosen}"](x_D)
+                y_D = y_D + prob[chosen] * layer.experts[f"routed_{chosen}"](x_D)
         out.append(y_D)
     return torch.stack(out)
 
