@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import nn
 
 from moemm.data.catalogue import ModalityInfo
@@ -50,15 +51,13 @@ class GridTokenizer(Tokenizer):
 
     def blocks(self, data: torch.Tensor) -> torch.Tensor:
         """(n, frames, C, H, W) -> (n, tokens, values of a block); what a block lacks at the edge is 0."""
-        n = data.shape[0]
         data = (data.float() - self.mean_C) / self.deviation_C
         data = torch.nan_to_num(data, nan=0.0)
         lack = [c * p - s for s, p, c in zip(self.size, self.patch, self.counts, strict=True)]
         if any(lack):
             data = nn.functional.pad(data, (0, lack[2], 0, lack[1], 0, 0, 0, lack[0]))
-        (t, h, w), (pt, ph, pw) = self.counts, self.patch
-        data = data.reshape(n, t, pt, self.channels, h, ph, w, pw)
-        return data.permute(0, 1, 4, 6, 2, 3, 5, 7).reshape(n, t * h * w, pt * self.channels * ph * pw)
+        pt, ph, pw = self.patch
+        return rearrange(data, "n (t pt) c (h ph) (w pw) -> n (t h w) (pt c ph pw)", pt=pt, ph=ph, pw=pw)
 
     def forward(self, packed: PackedModality) -> Tokens:
         """(n, C, H, W) or (n, frames, C, H, W) -> as many tokens a row as blocks."""

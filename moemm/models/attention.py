@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
@@ -82,7 +83,7 @@ def _padded(qkv: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """(T, 3, H, d) -> (T, H, d): one dense attention a bucket."""
     parts = [qkv[:0, 0]]
     for bucket in plan.buckets:
-        query, key, value = qkv[bucket.index_SL].permute(2, 0, 3, 1, 4)
+        query, key, value = rearrange(qkv[bucket.index_SL], "s l three h d -> three s h l d")
         mask = None if bucket.mask_SL is None else bucket.mask_SL[:, None, None]
         out_SLHd = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
         parts.append(out_SLHd.flatten(0, 1) if bucket.mask_SL is None else out_SLHd[bucket.mask_SL])

@@ -72,12 +72,10 @@ def test_gradients_reach_every_parameter(kind: str) -> None:
         assert torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind not in ("image", "text")])
 def test_missing_numbers_change_something_and_break_nothing(kind: str) -> None:
     tokenizer, spec, values = built(kind)
     packed = pack_values(spec.info, values)
-    if not any(field.is_floating_point() for field in packed.fields.values()) or kind == "audio":
-        pytest.skip("integers hold no NaN; a waveform with NaN is a broken file, which validate names")
     clean, holed = tokenizer(packed).values_TD, tokenizer(with_nan(packed)).values_TD
     assert torch.isfinite(holed).all()
     assert not torch.equal(clean[0], holed[0])
