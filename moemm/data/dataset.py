@@ -1,0 +1,89 @@
+"""One split of one task, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from moemm.data.catalogue import SPLITS, Catalogue
+from moemm.data.file import DataFile
+from moemm.data.limits import refusal
+from moemm.data.sample import Sample
+from moemm.data.shared import find_task, open_shared
+from moemm.errors import ConfigError
+
+
+class SplitDataset:
+    """The samples of one split of one task: `dataset[i]` is a Sample, i from 0 to len - 1 in the file's order.
+
+    drop: names of modalities (of the run) to leave out. A sample that lacks all others comes without modalities.
+    Opens its file when first used, in each process. Raises ConfigError: no such task or split. DataError: broken data.
+    """
+
+    def __init__(self, catalogue: Catalogue, *, task: str, split: str, drop: Collection[str] = ()) -> None:
+        self.task = find_task(catalogue, task)
+        if split not in SPLITS:
+            raise ConfigError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        self.split = split
+        stored = self.task.stored or self.task.modalities
+        self._names = [(run, name) for run, name in zip(self.task.modalities, stored, strict=True) if run not in drop]
+        self._file: DataFile | None = None
+        self._indices: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.task.sizes[self.split]
+
+    def __getitem__(self, item: int) -> Sample:
+        index = int(self.indices[item])
+        values = ((run, self.file.read(name, index)) for run, name in self._names)
+        modalities = {run: value for run, value in values if value is not None}
+        return Sample(self.task.name, index, modalities, self._target(index))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def open(self) -> None:
+        """Opens the file now and checks the split; workers that are forked later share it."""
+        assert len(self.indices) == len(self)
+
+    @property
+    def file(self) -> DataFile:
+        """The open file."""
+        if self._file is None:
+            self._file = open_shared(self.task.file)
+        return self._file
+
+    @property
+    def indices(self) -> np.ndarray:
+        """(n,) int64: the position of each sample in the file."""
+        if self._indices is None:
+            indices = np.flatnonzero(self.file.split == SPLITS[self.split])
+            if len(indices) != len(self):
+                found = f"split {self.split} has {len(indices)} samples, and had {len(self)} when the run was set up"
+                do = "put the file back that the run began with, or start a new run"
+                raise refusal(self.task.file, "/split", found, allowed="the file of this run, unchanged", do=do)
+            self._indices = indices
+        return self._indices
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Targets of the whole split: (n,) int64, (n,) float32, or (n, C) float32."""
+        values = self.file.targets(self.task.label)[self.indices]
+        return (
+            values[:, 0] if self.task.target == "regression" and self.task.outputs == 1 and values.ndim == 2 else values
+        )
+
+    def present(self) -> np.ndarray:
+        """(n,) bool: which samples have at least one modality that is not left out."""
+        found = np.zeros(len(self), bool)
+        for _, name in self._names:
+            found |= self.file.present(name)[self.indices]
+        return found
+
+    def _target(self, index: int) -> Any:
+        value = self.file.targets(self.task.label)[index]
+        if np.ndim(value) == 0:
+            return value.item()
+        return float(value[0]) if self.task.target == "regression" and self.task.outputs == 1 else value.copy()

@@ -1,0 +1,243 @@
+"""Batches from worker processes, in an order and with randomness that do not depend on how many there are.
+
+A worker never raises: it sends what went wrong as text, so that the message arrives as it was written.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import signal
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from moemm.config.schema import Config
+from moemm.data.catalogue import Catalogue
+from moemm.data.dataset import SplitDataset
+from moemm.data.flat import FlatBatch, flatten, unflatten
+from moemm.data.mixture import Draw, MixtureSampler
+from moemm.data.pack import Packer
+from moemm.data.sample import PackedBatch, Prepare, Sample
+from moemm.errors import ConfigError, DataError, MoemmError
+
+_DROPOUT = 2  # what a random stream is for; 0 and 1 are the sampler's
+_DEATH = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What a worker sends in place of a batch."""
+
+    kind: type[MoemmError]
+    message: str
+
+
+class TrainSamples:
+    """Draws -> samples of the train splits, some modalities taken away. Keyed by draw, not by worker."""
+
+    def __init__(self, catalogue: Catalogue, *, modality_dropout: float = 0.0, seed: int = 0) -> None:
+        self._datasets = [SplitDataset(catalogue, task=task.name, split="train") for task in catalogue.tasks]
+        for dataset in self._datasets:
+            dataset.open()  # here, so that workers and evaluations share it
+        self._dropout, self._seed = modality_dropout, seed
+
+    def __call__(self, draws: Sequence[Draw]) -> list[Sample]:
+        """The samples of `draws`, in order."""
+        samples = [self._datasets[draw.task][draw.item] for draw in draws]
+        if self._dropout:
+            for sample, draw in zip(samples, draws, strict=True):
+                self._take_away(sample, draw.number)
+        return samples
+
+    def _take_away(self, sample: Sample, number: int) -> None:
+        """Each modality goes with probability `modality_dropout`; if all would, one drawn evenly stays."""
+        names = list(sample.modalities)
+        if len(names) < 2:
+            return
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed % 2**63, _DROPOUT, number])))
+        goes = random.random(len(names)) < self._dropout
+        stays = int(random.integers(len(names)))
+        if goes.all():
+            goes[stays] = False
+        sample.modalities = {name: sample.modalities[name] for name, gone in zip(names, goes, strict=True) if not gone}
+
+
+class SplitSamples:
+    """Items of one split -> samples."""
+
+    def __init__(self, dataset: SplitDataset) -> None:
+        self._dataset = dataset
+
+    def __call__(self, items: Sequence[int]) -> list[Sample]:
+        """The samples of `items`, in order."""
+        return [self._dataset[item] for item in items]
+
+
+class BatchLoader:
+    """Iterates over packed batches, one for each key of `order`. Close it, or use it as a context manager.
+
+    Raises DataError where a worker met one, with its own message, or where a worker died.
+    """
+
+    def __init__(
+        self, read: Any, packer: Packer, order: Iterable[Any], *, num_workers: int, prefetch: int = 2, skipped: int = 0
+    ) -> None:
+        self.num_skipped = skipped
+        """Samples that are left out because they have nothing left."""
+        context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else None)
+        self._loader: DataLoader[FlatBatch | _Failure] = DataLoader(
+            _Batches(read, packer),
+            sampler=order,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=prefetch if num_workers else None,
+            multiprocessing_context=context if num_workers else None,
+            worker_init_fn=_ignore_signals,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # its own, so that making an iterator leaves the global random state alone
+        )
+        self._iterator: Any = None
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        self.close()
+        self._iterator = iter(self._loader)
+        return self
+
+    def __next__(self) -> PackedBatch:
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        try:
+            flat = next(self._iterator)
+        except StopIteration:
+            self.close()
+            raise
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            self.close()
+            if isinstance(error, RuntimeError) and not _DEATH.search(str(error)):
+                raise
+            raise DataError(
+                f"a worker process of the data loader died ({str(error).splitlines()[0]})\n"
+                "  allowed: workers that live as long as the run\n"
+                "  to do: give it more memory, or lower data.num_workers and data.prefetch; 0 workers shows the error"
+            ) from error
+        if isinstance(flat, _Failure):
+            self.close()
+            raise flat.kind(flat.message)
+        return unflatten(flat)
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes. Iterating again starts from the beginning."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is None or not self._loader.num_workers:
+            return
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
+
+
+class _Batches(torch.utils.data.Dataset[Any]):
+    """key -> flat batch, in the worker."""
+
+    def __init__(self, read: Any, packer: Packer) -> None:
+        self._read, self._packer = read, packer
+
+    def __getitem__(self, key: Any) -> FlatBatch | _Failure:
+        try:
+            return flatten(self._packer(self._read(key)))
+        except MoemmError as error:
+            return _Failure(type(error), str(error))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and the scheduler's signals reach every process: the trainer decides when the workers end."""
+    del worker
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def train_loader(
+    catalogue: Catalogue,
+    config: Config,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    prepare: Prepare | None = None,
+    seed: int | None = None,
+) -> BatchLoader:
+    """Micro-batches of this rank, in order, from step `start_step`, without end.
+
+    prepare: modality name -> function that workers run on each value. seed: of the order; `train.seed` by default.
+    Raises ConfigError: a batch size that cannot be shared out evenly.
+    """
+    seed = config.train.seed if seed is None else seed
+    sampler = MixtureSampler(
+        [task.sizes["train"] for task in catalogue.tasks],
+        temperature=config.data.temperature,
+        seed=seed,
+        batch_size=config.train.batch_size,
+        rank=rank,
+        world_size=world_size,
+        accumulation=config.train.accumulation,
+        start_step=start_step,
+    )
+    read = TrainSamples(catalogue, modality_dropout=config.data.modality_dropout, seed=seed)
+    packer = Packer(catalogue, prepare)
+    return BatchLoader(read, packer, sampler, num_workers=config.data.num_workers, prefetch=config.data.prefetch)
+
+
+def eval_loader(
+    catalogue: Catalogue,
+    *,
+    task: str,
+    split: str,
+    batch_size: int,
+    prepare: Prepare | None = None,
+    drop: Collection[str] = (),
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> BatchLoader:
+    """One pass over a split of a task. Every rank gets equally many batches, some of them without samples at the end.
+
+    drop: modalities to take away. Samples that have nothing left are in no batch; `num_skipped` counts them.
+    Raises ConfigError: no such task, split or modality. DataError: an empty split.
+    """
+    unknown = [name for name in drop if name not in [info.name for info in catalogue.modalities]]
+    if unknown:
+        have = ", ".join(info.name for info in catalogue.modalities)
+        raise ConfigError(f"drop: this run has no modality {unknown[0]!r}; it has {have}")
+    dataset = SplitDataset(catalogue, task=task, split=split, drop=drop)
+    if not len(dataset):
+        raise DataError(
+            f"{dataset.task.file}: /split: no sample of split {split} (task {task})\n"
+            f"  allowed: splits that have samples: {', '.join(s for s, n in dataset.task.sizes.items() if n)}\n"
+            "  to do: name one of these, or mark samples in /split"
+        )
+    kept = np.flatnonzero(dataset.present()).tolist()
+    wide = batch_size * world_size
+    starts = range(rank * batch_size, rank * batch_size + len(kept) + (-len(kept)) % wide, wide)
+    order = [kept[start : start + batch_size] for start in starts]
+    skipped = len(dataset) - len(kept)
+    return BatchLoader(
+        SplitSamples(dataset), Packer(catalogue, prepare), order, num_workers=num_workers, skipped=skipped
+    )

@@ -1,0 +1,140 @@
+"""The order in which training samples are drawn: a pure function of (seed, epoch, index), so its state is one integer.
+
+An epoch has as many draws as the train splits have samples together. Task t gets a fixed number of them, proportional
+to n_t^(1/temperature). Within a task the draws go through one permutation of its samples after the other, across
+epochs, so that every sample is drawn once before any is drawn twice. A permutation of the epoch's draws then mixes the
+tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moemm.errors import ConfigError
+
+_EPOCH, _TASK = 0, 1  # what a random stream is for
+_KEPT = 8
+
+
+class Draw(NamedTuple):
+    """One draw: which task, which item of its train split, and its number since the start of training."""
+
+    task: int
+    item: int
+    number: int
+
+
+class MixtureSampler:
+    """Batches of draws. Global batch `step` is the same for every world size and accumulation.
+
+    sizes: samples of each task's train split. batch_size: draws a step over all ranks and micro-batches.
+    Iterating gives this rank's micro-batches in order, from `start_step`, without end.
+    Raises ConfigError: a batch that cannot be shared out evenly, an empty train split.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        shares = world_size * accumulation
+        if batch_size < 1 or batch_size % shares:
+            next_above = max(1, -(-batch_size // shares)) * shares
+            raise ConfigError(
+                f"train.batch_size: {batch_size} samples cannot be shared evenly by {world_size} rank(s) x "
+                f"{accumulation} accumulation step(s); use a multiple of {shares}, such as {next_above}"
+            )
+        if not sizes or min(sizes) < 1:
+            raise ConfigError(f"data.tasks: every task needs training samples; the train splits have {list(sizes)}")
+        self.sizes = tuple(int(n) for n in sizes)
+        self.counts = _shares(self.sizes, temperature)
+        self.seed, self.batch_size = seed, batch_size
+        self.rank, self.world_size, self.accumulation, self.start_step = rank, world_size, accumulation, start_step
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Draws of one epoch: samples of all train splits together."""
+        return sum(self.sizes)
+
+    def batch(self, step: int, micro: int = 0, rank: int | None = None) -> list[Draw]:
+        """Micro-batch `micro` of step `step` on `rank` (default: this one): a contiguous slice of the global batch."""
+        share = self.batch_size // (self.world_size * self.accumulation)
+        position = (self.rank if rank is None else rank) * self.accumulation + micro
+        start = step * self.batch_size + position * share
+        return self.draws(start, start + share)
+
+    def draws(self, start: int, stop: int) -> list[Draw]:
+        """Draws number `start` to `stop` since the start of training."""
+        found = []
+        while start < stop:
+            epoch, index = divmod(start, self.samples_per_epoch)
+            tasks, items = self._epoch(epoch)
+            count = min(stop - start, self.samples_per_epoch - index)
+            part = slice(index, index + count)
+            pairs = zip(tasks[part].tolist(), items[part].tolist(), strict=True)
+            found += [Draw(task, item, start + i) for i, (task, item) in enumerate(pairs)]
+            start += count
+        return found
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        step = self.start_step
+        while True:
+            for micro in range(self.accumulation):
+                yield self.batch(step, micro)
+            step += 1
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(E,) task and (E,) item of every draw of an epoch."""
+        if epoch not in self._epochs:
+            tasks = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.counts)
+            items = np.concatenate([self._items(task, epoch) for task in range(len(self.sizes))])
+            order = self._random(_EPOCH, epoch).permutation(self.samples_per_epoch)
+            if len(self._epochs) > 1:
+                self._epochs.clear()
+            self._epochs[epoch] = tasks[order], items[order]
+        return self._epochs[epoch]
+
+    def _items(self, task: int, epoch: int) -> np.ndarray:
+        """The items of a task that an epoch draws: its next `counts` places in the row of permutations."""
+        size, count = self.sizes[task], self.counts[task]
+        places = np.arange(epoch * count, (epoch + 1) * count)
+        rounds = range(places[0] // size, places[-1] // size + 1)
+        row = np.concatenate([self._permutation(task, number) for number in rounds])
+        return row[places - rounds[0] * size]
+
+    def _permutation(self, task: int, number: int) -> np.ndarray:
+        key = (task, number)
+        if key not in self._permutations:
+            while len(self._permutations) > _KEPT * len(self.sizes):
+                self._permutations.pop(next(iter(self._permutations)))
+            self._permutations[key] = self._random(_TASK, task, number).permutation(self.sizes[task])
+        return self._permutations[key]
+
+    def _random(self, *purpose: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed % 2**63, *purpose])))
+
+
+def _shares(sizes: Sequence[int], temperature: float) -> tuple[int, ...]:
+    """How many of sum(sizes) draws each task gets, by n^(1/temperature), at least 1, rounded by largest remainder."""
+    total = sum(sizes)
+    weights = np.asarray(sizes, np.float64) ** (1.0 / temperature)
+    exact = weights / weights.sum() * total
+    counts = np.maximum(np.floor(exact), 1).astype(np.int64)
+    by_remainder = np.argsort(-(exact - counts), kind="stable")
+    spare = total - int(counts.sum())
+    counts[by_remainder[:spare]] += 1 if spare > 0 else 0
+    while counts.sum() > total:
+        counts[np.argmax(counts)] -= 1
+    return tuple(counts.tolist())
