@@ -1,0 +1,18 @@
+"""Evaluation: metrics, scores over splits with modalities taken away, and scikit-learn baselines."""
+
+from moemm.evaluate.baselines import baseline
+from moemm.evaluate.metrics import METRICS, score
+from moemm.evaluate.run import evaluate_run, render
+from moemm.evaluate.scoring import EvaluationPlan, TaskScore, evaluate_model, scores_to_dict
+
+__all__ = [
+    "METRICS",
+    "EvaluationPlan",
+    "TaskScore",
+    "baseline",
+    "evaluate_model",
+    "evaluate_run",
+    "render",
+    "score",
+    "scores_to_dict",
+]

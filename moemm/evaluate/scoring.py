@@ -1,0 +1,101 @@
+"""Scores of a model over whole splits, on any number of ranks, also with modalities taken away. C outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moemm.data import eval_loader
+from moemm.data.catalogue import Catalogue, TaskInfo
+from moemm.data.sample import Prepare
+from moemm.errors import ConfigError
+from moemm.evaluate.metrics import score
+
+Gather = Callable[[Any], list[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """value of `metric` over n samples; None where no sample of the task has a modality left."""
+
+    metric: str
+    value: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationPlan:
+    """What to score and how: the split, what its values are prepared with, which modalities are taken away.
+
+    rank, world_size, gather: this rank's share, and a function that gives every rank the objects of all ranks.
+    """
+
+    split: str
+    prepare: Prepare
+    drop: Sequence[str] = ()
+    batch_size: int = 256
+    device: torch.device | str = "cpu"
+    rank: int = 0
+    world_size: int = 1
+    gather: Gather | None = None
+
+
+def evaluate_model(model: nn.Module, catalogue: Catalogue, plan: EvaluationPlan) -> dict[str, TaskScore]:
+    """task -> score on the plan's split; every rank gets the scores of all samples.
+
+    Every rank calls the model equally often (ZeRO-3 needs that). The model's mode and the random state are as before.
+    Raises ConfigError where `drop` names a modality that the catalogue lacks.
+    """
+    names = [info.name for info in catalogue.modalities]
+    unknown = [name for name in plan.drop if name not in names]
+    if unknown:
+        raise ConfigError(f"--drop {unknown[0]}: no such modality; this run has {', '.join(names)}")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return {task.name: _score_task(model, catalogue, task, plan) for task in catalogue.tasks}
+    finally:
+        model.train(training)
+
+
+def scores_to_dict(scores: dict[str, TaskScore]) -> dict[str, dict[str, Any]]:
+    """Scores as JSON types."""
+    return {name: asdict(value) for name, value in scores.items()}
+
+
+def _score_task(model: nn.Module, catalogue: Catalogue, task: TaskInfo, plan: EvaluationPlan) -> TaskScore:
+    if not set(task.modalities) - set(plan.drop):
+        return TaskScore(metric=task.metric, value=None, n=0)
+    output, target = _predict(model, catalogue, task, plan)
+    if plan.gather is not None:
+        parts = plan.gather((output, target))
+        output, target = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    value = score(task, output, target)
+    return TaskScore(metric=task.metric, value=value if np.isfinite(value) else None, n=len(target))
+
+
+def _predict(
+    model: nn.Module, catalogue: Catalogue, task: TaskInfo, plan: EvaluationPlan
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, C) outputs and the targets of this rank's share."""
+    outputs, targets = [np.zeros((0, task.outputs), np.float32)], []
+    loader = eval_loader(
+        catalogue,
+        task=task.name,
+        split=plan.split,
+        batch_size=plan.batch_size,
+        prepare=plan.prepare,
+        drop=plan.drop,
+        rank=plan.rank,
+        world_size=plan.world_size,
+    )
+    for batch in loader:
+        outputs.append(model(batch.to(plan.device)).outputs[task.name].float().cpu().numpy())
+        targets.append(batch.targets[task.name].cpu().numpy())
+    return np.concatenate(outputs), np.concatenate(targets) if targets else np.zeros(0, np.int64)
