@@ -1,0 +1,108 @@
+"""The manifest: what a checkpoint consists of. A folder without one that verifies is no checkpoint.
+
+Hashes show that the files are whole and as they were written, not who wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from moemm.checkpoint.files import sha256_file, write_text_atomic
+from moemm.errors import CheckpointError
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+_PACKAGES = ("moemm", "torch", "deepspeed", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything that resuming must know before it opens another file.
+
+    sampler: position in the data; the order is a pure function of it, so one number a sampler.
+    files: path inside the folder -> {"size": bytes, "sha256": hex}.
+    """
+
+    step: int
+    world_size: int
+    zero_stage: int
+    config: dict[str, Any]
+    config_hash: str
+    versions: dict[str, str]
+    sampler: dict[str, int]
+    expert_map: dict[str, Any] | None
+    files: dict[str, dict[str, Any]]
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder`, as the last file. Raises OSError."""
+        write_text_atomic(folder / FILE_NAME, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions that a run depends on: python and the packages that compute."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, its form checked, its files not yet.
+
+    Raises CheckpointError that says what is wrong with it.
+    """
+    path = folder / FILE_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder.name} has no {FILE_NAME}: it was never completed") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder.name}/{FILE_NAME} cannot be read: {error}") from error
+    return _from_values(values, folder.name)
+
+
+def _from_values(values: Any, name: str) -> Manifest:
+    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+        given = values.get("format") if isinstance(values, Mapping) else type(values).__name__
+        raise CheckpointError(f"{name}/{FILE_NAME} has format {given}; this version of moemm reads format {FORMAT}")
+    names = {field.name for field in fields(Manifest)}
+    if set(values) != names:
+        raise CheckpointError(f"{name}/{FILE_NAME} lacks or adds keys: {', '.join(sorted(names ^ set(values)))}")
+    for path, entry in values["files"].items():
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or not isinstance(entry, Mapping):
+            raise CheckpointError(f"{name}/{FILE_NAME} names a file outside its folder: {path}")
+    return Manifest(**values)
+
+
+def verify(folder: Path) -> Manifest:
+    """Read the manifest and check size and hash of every file that it lists, and that there is no other.
+
+    Opens no file as anything but bytes. Raises CheckpointError that names the first file that is wrong, and how.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file() or path.is_symlink():
+            raise CheckpointError(f"{folder.name}/{name} is missing")
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise CheckpointError(
+                f"{folder.name}/{name} has {size} bytes, not {entry['size']}: it was cut short or altered"
+            )
+        if sha256_file(path) != entry["sha256"]:
+            raise CheckpointError(f"{folder.name}/{name} has the wrong sha256: its content was altered")
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    extra = sorted(present - set(manifest.files) - {FILE_NAME})
+    if extra:
+        raise CheckpointError(f"{folder.name}/{extra[0]} is not in the manifest")
+    return manifest

@@ -1,0 +1,24 @@
+"""Ranks: where a process stands among the others, and what they say to each other."""
+
+from moemm.distributed.collectives import (
+    agree,
+    broadcast_object,
+    gather_objects,
+    max_over_ranks,
+    on_main,
+    sum_over_ranks,
+)
+from moemm.distributed.environment import World, connect, disconnect, prepare_environment
+
+__all__ = [
+    "World",
+    "agree",
+    "broadcast_object",
+    "connect",
+    "disconnect",
+    "gather_objects",
+    "max_over_ranks",
+    "on_main",
+    "prepare_environment",
+    "sum_over_ranks",
+]

@@ -1,0 +1,78 @@
+"""The few collectives that moemm itself needs. With one process each returns its argument and sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from moemm.errors import MoemmError
+
+T = TypeVar("T")
+
+
+def _alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of `tensor` over all ranks, added up in float64 and returned in the tensor's own type.
+
+    Without a gradient: the result is detached. Every rank must call it with the same shape.
+    """
+    detached = tensor.detach()
+    if _alone():
+        return detached
+    total = detached.to(torch.float64, copy=True)
+    dist.all_reduce(total)
+    return total.to(tensor.dtype)
+
+
+def max_over_ranks(values: list[int]) -> list[int]:
+    """Largest of each of the integers (int64) over all ranks, in one message."""
+    if _alone():
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [int(value) for value in largest.tolist()]
+
+
+def agree(flag: bool) -> bool:
+    """True on every rank as soon as it is True on one."""
+    return bool(max_over_ranks([int(flag)])[0])
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value` on every rank. It travels as a pickle between the processes of one job only."""
+    if _alone():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The `value` of every rank, by rank, on every rank."""
+    if _alone():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 only; its result, or its MoemmError, on every rank."""
+    if _alone():
+        return action()
+    outcome: tuple[T | None, MoemmError | None] = (None, None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = (action(), None)
+        except MoemmError as error:
+            outcome = (None, error)
+    result, problem = broadcast_object(outcome)
+    if problem is not None:
+        raise problem
+    return cast(T, result)

@@ -1,0 +1,50 @@
+"""What training reports, as plain values: the writers of this package know nothing of the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """Means over the steps since the last report, over all ranks.
+
+    loss: the objective, router losses included. losses, accuracy: task -> mean over its samples (accuracy: of
+    classification only). Tasks without a sample in the window are missing. load_LME: (L, M, E) share of each
+    modality's choices per expert, 0 where it has no tokens; None without routed experts.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    router_loss: float
+    losses: dict[str, float]
+    accuracy: dict[str, float]
+    lr: float
+    grad_norm: float | None
+    tokens_per_second: float
+    seconds: float
+    seconds_left: float
+    load_LME: np.ndarray | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the expert load, as JSON types."""
+        skipped = ("load_LME",)
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skipped}
+        return {"event": "train", **values}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What a writer must know before the first report. folder: of the run; start_step: 0, or where a resume begins."""
+
+    name: str
+    folder: str
+    tasks: tuple[str, ...]
+    modalities: tuple[str, ...]
+    start_step: int
+    total_steps: int
+    facts: dict[str, str] = field(default_factory=dict)

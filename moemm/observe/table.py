@@ -1,0 +1,53 @@
+"""The table at the end of a run: every task with its metric on val and test, and the baseline beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+LOWER_IS_BETTER = ("rmse", "mae")
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """A table of summary["tasks"]; green where test meets the scikit-learn baseline, yellow where it does not."""
+    title = f"{summary['name']}: {summary['steps']} steps in {duration(summary['seconds'])}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    for column in ("val", "test", "samples", "scikit-learn"):
+        table.add_column(column, justify="right")
+    for name, task in summary["tasks"].items():
+        baseline = (task.get("baseline") or {}).get("test")
+        table.add_row(
+            name,
+            task["metric"],
+            number(task["val"]),
+            f"[{_colour(task, baseline)}]{number(task['test'])}[/]",
+            str(task["n"]),
+            number(baseline),
+        )
+    return table
+
+
+def _colour(task: Mapping[str, Any], baseline: float | None) -> str:
+    if baseline is None or task["test"] is None:
+        return "default"
+    sign = -1 if task["metric"] in LOWER_IS_BETTER else 1
+    return "green" if sign * task["test"] >= sign * baseline else "yellow"
+
+
+def number(value: float | None) -> str:
+    """Three digits behind the point, or a dash where there is no value."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,137 @@
+"""`train` and `load_run`: what `moemm train` and `moemm evaluate` call."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moemm.checkpoint import check_compatible, find_newest, newest_complete
+from moemm.checkpoint.store import load_weights
+from moemm.config import Config, LoadedConfig, load_config
+from moemm.data.build import build_catalogue
+from moemm.data.catalogue import Catalogue
+from moemm.distributed import World, connect
+from moemm.errors import CheckpointError
+from moemm.modalities import ModalitySpec
+from moemm.train.callbacks import (
+    Callback,
+    CheckpointingCallback,
+    ConsoleCallback,
+    JsonLinesCallback,
+    TensorBoardCallback,
+)
+from moemm.train.results import summarize, write_summary
+from moemm.train.setup import CHECKPOINTS, CONFIG, SUMMARY, Setup, check_catalogue, load_stored, prepare, seeded_model
+from moemm.train.signals import StopRequest, exit_code, stop_requests
+from moemm.train.trainer import Trainer
+
+
+def train(
+    loaded: LoadedConfig, *, resume: bool = False, extra_callbacks: list[Callback] | None = None
+) -> dict[str, Any]:
+    """Train the model that a configuration describes, on all ranks that the launcher started.
+
+    resume: go on from the newest complete checkpoint of `train.output`; with none there, begin anew.
+    extra_callbacks: called before the checkpoint is saved.
+    Returns on rank 0 the summary (see summary.json), on other ranks only "exit_code": 0 when done, or that of the
+    signal that stopped it (signals.EXIT_CODES). Raises MoemmError's children, the same on all ranks.
+    """
+    world = connect(timeout_s=loaded.config.deepspeed.timeout_s)
+    setup, going_on = prepare(loaded, resume=resume)
+    with stop_requests() as stop:
+        return _train(setup, world, stop, going_on=going_on, wanted=resume, extra=extra_callbacks or [])
+
+
+def _train(
+    setup: Setup, world: World, stop: StopRequest, *, going_on: bool, wanted: bool, extra: list[Callback]
+) -> dict[str, Any]:
+    every = setup.config.train.checkpoint.every
+    callbacks: list[Callback] = [
+        ConsoleCallback(), JsonLinesCallback(), TensorBoardCallback(), *extra, CheckpointingCallback(every=every)
+    ]  # fmt: skip
+    trainer = Trainer(setup, world, callbacks, stop)
+    try:
+        if going_on:
+            _restore(trainer)
+        elif wanted:
+            trainer.tell(f"nothing to resume in {setup.folder}: training from the start")
+        if not trainer.run():
+            name = signal.Signals(trainer.stopped_by).name
+            trainer.tell(f"stopped by {name}; saved step {trainer.step}.{_how_to_go_on()}")
+            return {"exit_code": exit_code(trainer.stopped_by), "steps": trainer.step}
+        return _finish(trainer)
+    finally:
+        trainer.close()
+
+
+def _restore(trainer: Trainer) -> None:
+    setup, world = trainer.setup, trainer.world
+    found = find_newest(
+        setup.checkpoints, check=lambda manifest: check_compatible(manifest, setup.config, world_size=world.size)
+    )
+    for name, reason in found.skipped:
+        trainer.tell(f"skipped {name}: {reason}")
+    trainer.restore(found.folder, found.manifest.step)
+    trainer.tell(f"resumed from {found.folder} (step {found.manifest.step})")
+
+
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    done = trainer.setup.folder / SUMMARY
+    if trainer.seconds == 0.0 and done.exists():  # resumed a run that had ended
+        summary: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+    else:
+        scores = {split: trainer.evaluate(split) for split in ("val", "test")}
+        if not trainer.world.is_main:
+            return {"exit_code": 0}
+        summary = summarize(trainer, scores)
+        write_summary(trainer.setup.folder, summary)
+    trainer.finish(summary)
+    return {**summary, "exit_code": 0}
+
+
+def _how_to_go_on() -> str:
+    """The command that goes on: this one with --resume."""
+    arguments = [word for word in sys.argv[1:] if word.partition("=")[0] not in ("--local_rank", "--local-rank")]
+    if not arguments or arguments[0] != "train":
+        return " Go on with train(..., resume=True)."
+    if "--resume" not in arguments:
+        arguments.append("--resume")
+    return f" Go on with: moemm {shlex.join(arguments)}   (behind the same launcher, if there was one)"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A trained run: its model in eval mode on the CPU, with the weights of the newest complete checkpoint."""
+
+    config: Config
+    catalogue: Catalogue
+    specs: dict[str, ModalitySpec]
+    model: nn.Module
+    folder: Path
+    step: int
+
+
+def load_run(path: Path | str) -> Run:
+    """Load a run folder, for evaluation; needs no DeepSpeed and no process group.
+
+    Raises CheckpointError: no run, no complete checkpoint, or data that is not what the run was trained on.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}. Give train.output of a run.")
+    config = load_config(folder / CONFIG).config
+    specs, stored = load_stored(folder)
+    catalogue = build_catalogue(config.data, base=folder)
+    check_catalogue(stored, catalogue)
+    found = newest_complete(folder / CHECKPOINTS)
+    model = seeded_model(Setup(config, catalogue, specs, folder, found.manifest.step), torch.device("cpu"))
+    load_weights(model, found.folder)
+    return Run(config, catalogue, specs, model.eval(), folder, found.manifest.step)

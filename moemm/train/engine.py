@@ -1,0 +1,127 @@
+"""Our configuration -> DeepSpeed's engine. With checkpoint/store.py the only importer of deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from moemm.config import deepspeed_section
+from moemm.config.schema import Config
+from moemm.distributed import World, prepare_environment
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _import_deepspeed() -> Any:
+    prepare_environment()
+    with _quiet():
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Names of collectives that torch is about to rename; every call of DeepSpeed's would say so.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # This op would be compiled at the first collective: a minute or more, for gains that small models do not see.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, in the model's own order on every rank: matrices with weight decay, the rest without.
+
+    Matrices are parameters of two and more axes, except biases (of stacked experts, too) and embedding tables.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        leaf = name.rsplit(".", 1)[-1]
+        matrix = parameter.ndim >= 2 and "bias" not in leaf and "embedding" not in leaf and id(parameter) not in tables
+        (decayed if matrix else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _park_empty_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    # ZeRO-3 cannot gather a parameter without elements (the categories of a table that has none): there is nothing to
+    # learn in it, so it becomes a buffer of the same name.
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.numel() == 0:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach().to(dtype))
+
+
+class Engine:
+    """The DeepSpeed engine with the few calls that training needs.
+
+    model: on `world.device`, with the same weights on every rank; from here on DeepSpeed owns its parameters.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+        deepspeed = _import_deepspeed()
+        self.world, self.zero_stage = world, config.deepspeed.zero_stage
+        _park_empty_parameters(model, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+        self.model = model
+        self.grad_norm: float | None = None
+        """Norm of the last step's gradient before clipping; NaN if the step was not applied, None where not known."""
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, weight_decay=config.train.weight_decay),
+            lr=config.train.lr,
+            betas=config.train.betas,
+            fused=True,
+        )
+        section = deepspeed_section(config, world_size=world.size)
+        with _quiet():
+            backend = torch.distributed.get_backend()
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            self.deepspeed = deepspeed.initialize(model=model, optimizer=optimizer, config=section)[0]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's output, through DeepSpeed's forward hooks (ZeRO-3 fetches weights there)."""
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` / accumulation, averaged over ranks at the last micro-batch of a step."""
+        self.deepspeed.backward(loss)
+
+    def step(self, *, lr: float) -> None:
+        """End a micro-batch; after the last one of a step clip, apply AdamW at `lr`, and clear the gradients.
+
+        A gradient that is not finite is not applied; `grad_norm` then says so.
+        """
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        if boundary and self.zero_stage == 0:
+            self.grad_norm = self._norm_of_whole_gradients()
+            if not math.isfinite(self.grad_norm):
+                return
+        skipped = self.deepspeed.skipped_steps
+        self.deepspeed.step()
+        if boundary and self.zero_stage > 0:
+            norm = self.deepspeed.get_global_grad_norm()
+            self.grad_norm = None if norm is None else float(norm)
+            if self.deepspeed.skipped_steps > skipped:
+                self.grad_norm = math.nan
+
+    def _norm_of_whole_gradients(self) -> float:
+        # ZeRO-0 applies what it has, NaN too; the gradients are averaged over ranks already, so all ranks see the same.
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers."""
+        self.deepspeed.destroy()

@@ -1,0 +1,17 @@
+"""The learning rate as a pure function of the step: resuming needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate(step: int, *, total: int, peak: float, warmup: float, floor: float) -> float:
+    """Linear warm-up to `peak`, then a cosine down to `floor * peak` (Loshchilov and Hutter, arXiv:1608.03983).
+
+    step: 0-based optimizer step of `total`; warmup: share of `total` that rises; floor: last rate as a share of `peak`.
+    """
+    rising = round(warmup * total)
+    if step < rising:
+        return peak * (step + 1) / rising
+    progress = min(1.0, (step - rising) / max(1, total - 1 - rising))
+    return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))

@@ -1,0 +1,171 @@
+"""From a configuration to everything that stands before the first step: data, specs, model, run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moemm.checkpoint.resume import changed_keys
+from moemm.config import Config, LoadedConfig, save_config
+from moemm.data.build import build_catalogue
+from moemm.data.catalogue import Catalogue
+from moemm.data.dataset import SplitDataset
+from moemm.data.sample import Value
+from moemm.distributed import broadcast_object, on_main
+from moemm.errors import CheckpointError, ConfigError
+from moemm.modalities import ModalitySpec, fit_modalities, specs_from_dict, specs_to_dict
+from moemm.models import Model, build_model
+
+CONFIG, MODALITIES, CATALOGUE, SUMMARY = "config.yaml", "modalities.json", "catalogue.json", "summary.json"
+CHECKPOINTS = "checkpoints"
+_STALE = (SUMMARY, "metrics.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a run is made of. folder: of the run; total_steps: optimizer steps that it will have had at its end."""
+
+    config: Config
+    catalogue: Catalogue
+    specs: dict[str, ModalitySpec]
+    folder: Path
+    total_steps: int
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / CHECKPOINTS
+
+
+def prepare(loaded: LoadedConfig, *, resume: bool) -> tuple[Setup, bool]:
+    """Read the data, learn or load the modalities' specs, and make the run folder; all ranks together.
+
+    Returns the setup, and whether there is a checkpoint to resume from.
+    Raises ConfigError if the folder holds a run that would be lost, CheckpointError if the data changed since then.
+    """
+    config = loaded.config
+    folder = Path(config.train.output)
+    going_on = on_main(lambda: _claim(folder, resume=resume))
+    catalogue = build_catalogue(config.data, base=loaded.path.parent)
+    if going_on:
+        specs, stored = on_main(lambda: load_stored(folder))
+        check_catalogue(stored, catalogue)
+    else:
+        specs = broadcast_object(_fit(config, catalogue))
+        on_main(lambda: _store(loaded, folder, catalogue, specs))
+    return Setup(config, catalogue, specs, folder, total_steps(config, catalogue)), going_on
+
+
+def total_steps(config: Config, catalogue: Catalogue) -> int:
+    """`train.steps`, or the steps that `train.epochs` passes over the mixture take."""
+    if config.train.steps is not None:
+        return config.train.steps
+    samples = sum(task.sizes["train"] for task in catalogue.tasks)
+    return max(1, math.ceil((config.train.epochs or 1.0) * samples / config.train.batch_size))
+
+
+def seeded_model(setup: Setup, device: torch.device) -> Model:
+    """A model on `device` whose weights depend on `train.seed` alone: equal on all ranks."""
+    torch.manual_seed(setup.config.train.seed)
+    model = build_model(setup.config.model, specs=setup.specs, tasks=setup.catalogue.tasks)
+    return model.to(device)
+
+
+def _claim(folder: Path, *, resume: bool) -> bool:
+    """Whether to go on with what is in `folder`; refuses to write over a run unless told to go on with it."""
+    saved = any((folder / CHECKPOINTS).glob("step_*"))
+    if resume:
+        return saved
+    if saved or (folder / SUMMARY).exists():
+        what = "a finished run" if (folder / SUMMARY).exists() else "a run with checkpoints"
+        raise ConfigError(
+            f"train.output: {folder} already holds {what}.\n  To go on with it: add --resume\n"
+            f"  To train anew: choose another folder (--train.output NAME), or delete {folder}"
+        )
+    return False
+
+
+def _fit(config: Config, catalogue: Catalogue) -> dict[str, ModalitySpec]:
+    # Every rank learns them from the data rather than wait for rank 0: that may outlast a collective's timeout.
+    specs = fit_modalities(catalogue.modalities, config.modalities, lambda name: train_values(catalogue, name))
+    return specs_from_dict(json.loads(json.dumps(specs_to_dict(specs))))  # as a resume will read them
+
+
+def train_values(catalogue: Catalogue, modality: str) -> Iterator[Value]:
+    """Every value of a modality in the train splits; a file that several tasks share counts once."""
+    seen = set()
+    for task in catalogue.tasks:
+        if modality not in task.modalities or (task.file, modality) in seen:
+            continue
+        seen.add((task.file, modality))
+        others = [name for name in task.modalities if name != modality]
+        dataset = SplitDataset(catalogue, task=task.name, split="train", drop=others)
+        for item in range(len(dataset)):
+            value = dataset[item].modalities.get(modality)
+            if value is not None:
+                yield value
+
+
+def _store(loaded: LoadedConfig, folder: Path, catalogue: Catalogue, specs: Mapping[str, ModalitySpec]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _STALE:
+            (folder / name).unlink(missing_ok=True)
+        for events in (folder / "tensorboard").glob("events.*"):
+            events.unlink()
+        save_config(loaded, folder / CONFIG)
+        _write_json(folder / MODALITIES, specs_to_dict(specs))
+        _write_json(folder / CATALOGUE, describe(catalogue))
+    except OSError as error:
+        raise ConfigError(f"train.output: cannot write the run folder {folder}: {error.strerror or error}") from error
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def load_stored(folder: Path) -> tuple[dict[str, ModalitySpec], dict[str, Any]]:
+    """Specs, and the description of the catalogue, that a run folder holds. Raises CheckpointError."""
+    try:
+        specs = specs_from_dict(json.loads((folder / MODALITIES).read_text(encoding="utf-8")))
+        catalogue = json.loads((folder / CATALOGUE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: {MODALITIES} or {CATALOGUE} of the run cannot be read ({error}); put it back from a copy, "
+            "or train anew in another folder"
+        ) from error
+    return specs, catalogue
+
+
+def describe(catalogue: Catalogue) -> dict[str, Any]:
+    """The catalogue as JSON types, without the places of its files."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(catalogue)))
+    for task in values["tasks"]:
+        task["file"] = Path(task["file"]).name
+    return values
+
+
+def check_catalogue(stored: Mapping[str, Any], catalogue: Catalogue) -> None:
+    """Refuse data that is not that of the run. Raises CheckpointError that names what changed."""
+    _check_names(stored, catalogue)
+    changed = list(changed_keys(stored, describe(catalogue)).values())
+    if changed:
+        shown = "".join(f"\n  {line}" for line in changed[:8])
+        raise CheckpointError(f"The data is not what the run began with:{shown}\nPut the old files back or train anew.")
+
+
+def _check_names(stored: Mapping[str, Any], catalogue: Catalogue) -> None:
+    for part in ("modalities", "tasks"):
+        before = [entry["name"] for entry in stored[part]]
+        now = [entry.name for entry in getattr(catalogue, part)]
+        if before != now:
+            raise CheckpointError(
+                f"The run has {len(before)} {part} ({', '.join(before)}), the configuration has {len(now)} "
+                f"({', '.join(now)}). Give the old ones, or train anew in another folder (--train.output NAME)."
+            )

@@ -1,0 +1,260 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moemm.checkpoint import Manifest, commit, random_state
+from moemm.checkpoint.manifest import versions
+from moemm.checkpoint.store import read_rank, write_rank
+from moemm.config import config_hash, to_dict
+from moemm.data.loader import train_loader
+from moemm.distributed import World, gather_objects
+from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
+from moemm.modalities import prepare_functions
+from moemm.observe.records import Metrics, RunInfo
+from moemm.train.callbacks import Callback
+from moemm.train.engine import Engine
+from moemm.train.guard import GradientGuard
+from moemm.train.health import refuse_gradient, refuse_loss
+from moemm.train.schedule import learning_rate
+from moemm.train.setup import Setup, seeded_model
+from moemm.train.signals import StopRequest
+from moemm.train.step import Objective, Window
+
+Scores = Mapping[str, Mapping[str, Any]]
+
+
+class Trainer:
+    """One run on this rank: model, engine, data, and the loop over them.
+
+    `step` is the number of optimizer steps done; the position in the data, the schedule and the checkpoints' names
+    follow from it.
+    """
+
+    def __init__(self, setup: Setup, world: World, callbacks: list[Callback], stop: StopRequest) -> None:
+        self.setup, self.config, self.world = setup, setup.config, world
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.stopped_by = 0
+        self._stop, self._started = stop, False
+        self._untold: list[str] = []
+        self._callbacks = [callback for callback in callbacks if world.is_main or callback.every_rank]
+        seed_everything(self.config.train.seed, deterministic=self.config.train.deterministic)
+        model = seeded_model(setup, world.device)
+        self.tasks = tuple(task.name for task in setup.catalogue.tasks)
+        self.num_parameters = model.num_parameters()
+        self._expert_map = model.map if self.config.model.moe == "sparse" else None
+        stage = self.config.deepspeed.zero_stage
+        self._guard = GradientGuard(model, world_size=world.size, watch_forward=stage == 3)
+        self.engine = Engine(model, self.config, world)
+        self._objective = Objective(setup.catalogue.tasks, self.config, world, self._allowed())
+        self._window = Window(setup.catalogue.tasks, self.config, world)
+        self._prepare = prepare_functions(setup.specs)
+        # Weights are equal on all ranks; from here on each rank draws its own dropout.
+        seed_everything(self.config.train.seed + 7919 * (world.rank + 1), deterministic=self.config.train.deterministic)
+
+    def _allowed(self) -> torch.Tensor | None:
+        if self._expert_map is None or not self._expert_map.of_kind("routed"):
+            return None
+        allowed: torch.Tensor = self._expert_map.allowed("routed").to(self.world.device)
+        return allowed
+
+    def restore(self, folder: Path, step: int) -> None:
+        """Go on from a verified checkpoint. Raises CheckpointError."""
+        read_rank(self.engine.deepspeed, folder, self.world)
+        self.step = step
+
+    def save(self) -> Path:
+        """Make the checkpoint of this step; all ranks together. Raises CheckpointError on all of them."""
+        return commit(
+            self.setup.checkpoints,
+            step=self.step,
+            write=lambda folder: write_rank(self.engine.deepspeed, folder, self.world),
+            describe=self._manifest,
+            world=self.world,
+            keep=self.config.train.checkpoint.keep,
+        )
+
+    def _manifest(self, files: dict[str, dict[str, Any]]) -> Manifest:
+        return Manifest(
+            step=self.step,
+            world_size=self.world.size,
+            zero_stage=self.config.deepspeed.zero_stage,
+            config=to_dict(self.config),
+            config_hash=config_hash(self.config),
+            versions=versions(),
+            sampler={"step": self.step},
+            expert_map=None if self._expert_map is None else self._expert_map.to_dict(),
+            files=files,
+        )
+
+    def run(self) -> bool:
+        """Train to the last step. False if a signal ended it before; then `stopped_by` names the signal.
+
+        Raises HealthError (all ranks), CheckpointError (saves that failed), DataError.
+        """
+        self._start_callbacks()
+        total = self.setup.total_steps
+        with random_state.preserved():
+            loader = train_loader(
+                self.setup.catalogue,
+                self.config,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                start_step=self.step,
+                prepare=self._prepare,
+            )
+            batches = iter(loader)
+        self.engine.model.train()
+        try:
+            self._began = self._reported = time.perf_counter()
+            self._reported_step = self.step
+            while self.step < total and not self.stopped_by:
+                self._one_step(batches)
+                self._after_step(total)
+        finally:
+            loader.close()
+        return self.step >= total
+
+    def _start_callbacks(self) -> None:
+        catalogue, (total, active) = self.setup.catalogue, self.num_parameters
+        info = RunInfo(
+            name=self.config.name,
+            folder=str(self.setup.folder),
+            tasks=self.tasks,
+            modalities=tuple(modality.name for modality in catalogue.modalities),
+            start_step=self.step,
+            total_steps=self.setup.total_steps,
+            facts={
+                "run": f"{self.config.name} -> {self.setup.folder}",
+                "data": f"{len(self.tasks)} tasks, {len(catalogue.modalities)} modalities, "
+                f"{sum(task.sizes['train'] for task in catalogue.tasks):,} training samples",
+                "model": f"{total:,} parameters, {active:,} active a token",
+                "engine": f"{self.world.size} rank(s) on {self.world.device.type}, ZeRO {self.engine.zero_stage}, "
+                f"{self.config.train.precision}",
+            },
+        )
+        for callback in self._callbacks:
+            callback.on_start(info)
+        self._started = True
+        self._tell_all()
+
+    def _one_step(self, batches: Any) -> None:
+        lr = self._learning_rate()
+        for _ in range(self.config.train.accumulation):
+            batch = next(batches).to(self.world.device)
+            output = self.engine(batch)
+            loss = self._objective(output, batch)
+            broken = loss.broken(self.tasks)
+            alarm, stop = self._guard.before_backward(loss.backward, flags=[int(bool(broken)), self._stop.number])
+            if alarm:
+                refuse_loss(self.step, broken, self.tasks, output, batch)
+            self.engine.backward(loss.backward)
+            self._window.add(loss, output, batch.targets)
+            self.engine.step(lr=lr)
+        self.stopped_by = stop
+        self._norm = self.engine.grad_norm
+        if self._norm is not None and not np.isfinite(self._norm):
+            refuse_gradient(self.step, self._norm)
+        self.step += 1
+
+    def _learning_rate(self) -> float:
+        train = self.config.train
+        return learning_rate(
+            self.step, total=self.setup.total_steps, peak=train.lr, warmup=train.warmup, floor=train.min_lr
+        )
+
+    def _after_step(self, total: int) -> None:
+        last = self.step >= total
+        if self.step % self.config.train.log_every == 0 or last or self.stopped_by:
+            self._report(total)
+        every = self.config.train.eval_every
+        if every and self.step % every == 0 and not last:
+            self.evaluate("val")
+        for callback in self._callbacks:
+            callback.on_step(self, stopping=last or bool(self.stopped_by))
+
+    def _report(self, total: int) -> None:
+        means = self._window.take()
+        now = time.perf_counter()
+        window_s, self._reported = now - self._reported, now
+        self.tokens, self.seconds = self.tokens + means.tokens, self.seconds + window_s
+        steps, self._reported_step = self.step - self._reported_step, self.step
+        metrics = Metrics(
+            step=self.step,
+            total_steps=total,
+            loss=means.loss,
+            router_loss=means.router_loss,
+            losses=means.losses,
+            accuracy=means.accuracy,
+            lr=self._learning_rate(),
+            grad_norm=self._norm,
+            tokens_per_second=means.tokens / window_s,
+            seconds=now - self._began,
+            seconds_left=(total - self.step) * window_s / steps,
+            load_LME=means.load_LME,
+        )
+        for callback in self._callbacks:
+            callback.on_metrics(metrics)
+
+    def evaluate(self, split: str) -> Scores:
+        """Scores of the model as it is on a split; all ranks together. The training's random sequence goes on as if it
+        had not been.
+        """  # fmt: skip
+        began = time.perf_counter()
+        plan = EvaluationPlan(
+            split=split,
+            prepare=self._prepare,
+            device=self.world.device,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            gather=gather_objects,
+        )
+        with random_state.preserved():
+            scores = scores_to_dict(evaluate_model(self.engine.deepspeed, self.setup.catalogue, plan))
+        for callback in self._callbacks:
+            callback.on_scores(self.step, split, scores)
+        self._reported = getattr(self, "_reported", began) + time.perf_counter() - began
+        return scores
+
+    def tell(self, text: str) -> None:
+        """Give a message to whoever shows messages (rank 0); before the start it waits for them."""
+        self._untold.append(text)
+        if self._started:
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        for text in self._untold:
+            for callback in self._callbacks:
+                callback.on_message(text)
+        self._untold.clear()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Give the summary of the finished run to the callbacks."""
+        for callback in self._callbacks:
+            callback.on_finish(summary)
+
+    def close(self) -> None:
+        """End the callbacks and let go of the engine."""
+        for callback in self._callbacks:
+            callback.on_close()
+        if sys.exc_info()[0] is None:
+            self.engine.close()
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed torch, numpy and random; with `deterministic` refuse operations whose result depends on timing."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+    # Finds bugs, but writes every new tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

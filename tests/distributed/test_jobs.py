@@ -1,0 +1,150 @@
+"""Real jobs of two processes with gloo. Few jobs with many checks each: starting one takes seconds."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moemm.testing.distributed import run_distributed
+from moemm.testing.tiny import write_tiny_data
+
+HERE = Path(__file__).parent
+STAGES = [0, 1, 2, 3]
+CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
+
+
+def job(name: str, *, ranks: int = 2, **arguments: Any) -> list[Any]:
+    results = run_distributed(f"jobs:{name}", ranks=ranks, arguments=arguments, path=[HERE], timeout_s=200)
+    return [result.value for result in results]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("jobs")
+    write_tiny_data(made)
+    (made / "rank_1").mkdir()
+    write_tiny_data(made / "rank_1")
+    return made
+
+
+@pytest.fixture(scope="module")
+def losses(folder: Path) -> dict[str, np.ndarray]:
+    alone = job("parity", ranks=1, folder=str(folder), stages=[0])[0]
+    both = job("parity", folder=str(folder), stages=STAGES)
+    assert both[0] == both[1], "ranks report different losses"
+    found = {f"two {name}": np.array(value) for name, value in both[0].items()}
+    return found | {f"one {name}": np.array(value) for name, value in alone.items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", ["mixed", "apart", "accumulated"])
+def test_two_ranks_with_half_the_batch_give_the_losses_of_one(
+    losses: dict[str, np.ndarray], case: str, stage: int
+) -> None:
+    one, two = losses[f"one {case} 0"], losses[f"two {case} {stage}"]
+    assert one.shape == two.shape == (6, 4)
+    assert one[-1, 0] < one[0, 0] - 0.05, "the losses must move for this to mean anything"
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trapped(folder: Path) -> list[Any]:
+    calls = [
+        ("traps", {"stages": STAGES}),
+        ("poisoned", {"stages": [0, 2]}),
+        ("full_disk", {"failures": 2}),
+        ("full_disk", {"failures": 9}),
+        ("interrupted", {}),
+    ]
+    return job("several", folder=str(folder), calls=calls)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_guard_lets_equal_gradients_pass(trapped: list[Any], stage: int) -> None:
+    for rank in trapped:
+        for mode in ("same", "zero rows"):
+            assert rank[0][f"{stage} {mode}"] == "changed: no error"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_guard_fires_where_the_parameters_differ(trapped: list[Any], stage: int) -> None:
+    for rank in trapped:
+        text = rank[0][f"{stage} set"]
+        assert text.startswith("unchanged: Ranks differ in their gradients")
+        assert "only rank 0: image.weight; only rank 1: audio.weight" in text
+        assert "zero rows" in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_guard_fires_where_only_the_order_differs(trapped: list[Any], stage: int) -> None:
+    for rank in trapped:
+        text = rank[0][f"{stage} order"]
+        assert text.startswith("unchanged: Ranks differ in their gradients")
+        assert "in another order, from number 1 on: rank 0 has audio.weight, rank 1 has image.weight" in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_a_kernel_leaves_out_is_zero(trapped: list[Any], stage: int) -> None:
+    for rank in trapped:
+        assert rank[0][f"{stage} no gradient"] == "changed: no error"
+
+
+def test_guard_fires_where_the_graph_hides_parameters(trapped: list[Any]) -> None:
+    for rank in trapped:
+        assert rank[0]["0 hidden"].startswith("unchanged: Ranks differ in their gradients")
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_non_finite_loss_stops_all_ranks_before_it_is_applied(trapped: list[Any], stage: int) -> None:
+    for rank in trapped:
+        text, step, finite = rank[1][str(stage)]
+        assert text.startswith("The loss of step 3 is not finite")
+        assert "rank 1, " in text and "of task shapes has an infinite value in modality image\nNothing" in text
+        assert step == 2 and finite
+
+
+def test_full_disk_on_one_rank(trapped: list[Any]) -> None:
+    for rank in trapped:
+        passing, lasting = rank[2], rank[3]
+        assert passing["error"] == "" and passing["step"] == 12
+        assert len(passing["messages"]) == 2
+        assert all("No space left" in text and "of 3 failures" in text for text in passing["messages"])
+        assert "3 saves in a row failed" in lasting["error"] and lasting["step"] == 8
+    assert trapped[0][2]["left"] == ["latest", "step_000010", "step_000012"]
+    assert trapped[0][3]["left"] == ["latest", "step_000002"]
+
+
+def test_signal_to_one_rank_stops_both_at_one_boundary(trapped: list[Any]) -> None:
+    for rank in trapped:
+        found = rank[4]
+        assert (found["finished"], found["step"], found["stopped_by"]) == (False, 3, signal.SIGTERM)
+    assert trapped[0][4]["saved"] == ["latest", "step_000003"]
+
+
+@pytest.fixture(scope="module")
+def resumes(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    whole = job("whole", folder=str(folder), cases=CASES)[0]
+    for stage, precision in CASES:
+        newest = folder / f"{stage}_{precision}" / "checkpoints" / "step_000006"
+        if stage == 1:  # cut short: the run must fall back
+            shard = next(path for path in newest.rglob("*optim_states.pt"))
+            shard.write_bytes(shard.read_bytes()[:-100])
+        else:
+            shutil.rmtree(newest)
+    return whole, job("resumed", folder=str(folder), cases=CASES)[0]
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_resume_is_bit_equal_with_dropout(
+    resumes: tuple[dict[str, Any], dict[str, Any]], stage: int, precision: str
+) -> None:
+    (losses, weights, _), (again, weights_again, skipped) = (part[f"{stage} {precision}"] for part in resumes)
+    assert again == losses[3:]
+    assert weights_again == weights
+    assert [name for name, _ in skipped] == (["step_000006"] if stage == 1 else [])
+    assert all("cut short" in reason for _, reason in skipped)

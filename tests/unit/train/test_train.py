@@ -1,0 +1,244 @@
+"""Whole runs in this process, on data made up for it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from moemm.config import LoadedConfig, load_config
+from moemm.data.sample import PackedBatch
+from moemm.errors import CheckpointError, ConfigError, HealthError
+from moemm.testing.tiny import tiny_config
+from moemm.train import load_run, train
+from moemm.train import trainer as trainer_module
+from moemm.train.callbacks import Callback
+from moemm.train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+@pytest.fixture
+def config(tiny_data: Path, tmp_path: Path) -> Any:
+    def make(**sections: dict[str, Any]) -> LoadedConfig:
+        train = {"output": str(tmp_path / "run"), "lr": 1e-2, **sections.pop("train", {})}
+        loaded = tiny_config(tiny_data, train=train, **sections)
+        own = tmp_path / "tiny.yaml"  # one file a test: tests may run side by side
+        own.write_text(yaml.safe_dump(yaml.safe_load(loaded.path.read_text())))
+        return load_config(own)
+
+    return make
+
+
+class Interrupt(Callback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step(self, trainer: Trainer, *, stopping: bool) -> None:
+        if trainer.step == self._step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def lines(folder: Path, event: str = "train") -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["event"] == event]
+
+
+def weights(folder: Path) -> bytes:
+    newest = max((folder / "checkpoints").glob("step_*"))
+    return (newest / "model.safetensors").read_bytes()
+
+
+def test_run_leaves_everything_behind(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = config(train={"steps": 8, "log_every": 3, "eval_every": 4, "checkpoint": {"every": 2, "keep": 2}})
+    summary = train(loaded)
+    run = tmp_path / "run"
+    assert summary == {**json.loads((run / "summary.json").read_text()), "exit_code": 0}
+    for task in summary["tasks"].values():
+        assert task["metric"] == "accuracy" and task["n"] == 24
+        assert 0 <= task["val"] <= 1 and 0 <= task["test"] <= 1
+        assert set(task["baseline"]) == {"model", "val", "test"}
+    assert summary["steps"] == 8 and summary["seconds"] > 0 and summary["tokens_per_second"] > 0
+    assert 0 < summary["params_active"] < summary["params_total"]
+    assert len(summary["config_hash"]) == 12 and summary["versions"]["torch"]
+    assert [line["step"] for line in lines(run)] == [3, 6, 8]
+    assert [(line["step"], line["split"]) for line in lines(run, "scores")] == [(4, "val"), (8, "val"), (8, "test")]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["latest", "step_000006", "step_000008"]
+    assert (run / "checkpoints" / "latest").read_text() == "step_000008\n"
+    assert {"config.yaml", "modalities.json", "catalogue.json"} <= {path.name for path in run.iterdir()}
+    assert list((run / "tensorboard").glob("events.*"))
+    printed = capsys.readouterr().out
+    assert "step 8/8" in printed and "scikit-learn" in printed and "shapes" in printed
+
+
+def test_tensorboard_has_losses_accuracies_and_loads(config: Any, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config(train={"steps": 4, "log_every": 2}))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "loss/shapes", "accuracy/tones", "val_accuracy/shapes", "train/lr"} <= tags
+    loads = [tag for tag in tags if tag.startswith("load/layer_1/image/")]
+    assert len(loads) == 2
+    total = sum(events.Scalars(tag)[0].value for tag in loads)
+    assert total == pytest.approx(1.0)
+
+
+def test_same_seed_same_run_other_seed_another(config: Any, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        options = {"steps": 4, "seed": seed, "output": str(tmp_path / name)}
+        train(config(train=options, model={"dropout": 0.1}))
+        found.append((weights(tmp_path / name), [line["loss"] for line in lines(tmp_path / name)]))
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_ctrl_c_saves_and_resume_goes_on_bit_equal(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"steps": 9, "eval_every": 3}
+    dropout = {"dropout": 0.2}
+    train(config(train={**options, "output": str(tmp_path / "whole")}, model=dropout))
+    stopped = train(config(train=options, model=dropout), extra_callbacks=[Interrupt(4)])
+    assert stopped == {"exit_code": 130, "steps": 5}
+    assert "stopped by SIGINT; saved step 5. Go on with" in capsys.readouterr().out
+    run = tmp_path / "run"
+    assert not (run / "summary.json").exists()
+    assert train(config(train=options, model=dropout), resume=True)["steps"] == 9
+    assert "(step 5)" in capsys.readouterr().out
+    assert weights(run) == weights(tmp_path / "whole")
+    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(tmp_path / "whole")]
+
+
+def test_lines_of_steps_that_a_resume_goes_back_behind_are_dropped(config: Any, tmp_path: Path) -> None:
+    options = {"steps": 6, "checkpoint": {"every": 3}}
+    train(config(train=options))
+    newest = tmp_path / "run" / "checkpoints" / "step_000006"
+    (newest / "model.safetensors").write_bytes(b"cut")
+    train(config(train=options), resume=True)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert any("skipped step_000006" in line["text"] for line in lines(tmp_path / "run", "message"))
+
+
+def test_finished_run_is_not_written_over(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = train(config(train={"steps": 2}))
+    before = weights(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"already holds a finished run[\s\S]*--resume[\s\S]*--train.output"):
+        train(config(train={"steps": 2}))
+    capsys.readouterr()
+    assert train(config(train={"steps": 2}), resume=True) == first
+    assert "scikit-learn" in capsys.readouterr().out
+    assert weights(tmp_path / "run") == before
+
+
+def test_resume_without_a_run_begins_anew(config: Any) -> None:
+    assert train(config(train={"steps": 1}), resume=True)["steps"] == 1
+
+
+def test_resume_with_a_changed_model_names_the_keys(config: Any) -> None:
+    train(config(train={"steps": 1}))
+    changed = config(train={"steps": 2}, model={"dim": 32, "layers": 1})
+    with pytest.raises(CheckpointError) as caught:
+        train(changed, resume=True)
+    assert "model.dim: was 16, is 32" in str(caught.value)
+    assert "model.layers: was 2, is 1" in str(caught.value)
+
+
+def test_resume_with_other_modalities_names_both(config: Any, tiny_data: Path) -> None:
+    train(config(train={"steps": 1}))
+    fewer = config(train={"steps": 2}, data={"root": str(tiny_data), "tasks": [{"name": "tones", "file": "tones.h5"}]})
+    with pytest.raises(CheckpointError, match=r"3 modalities \(image, record, series\).*1 \(series\)"):
+        train(fewer, resume=True)
+
+
+def test_no_checkpoint_left_is_said(config: Any, tmp_path: Path) -> None:
+    train(config(train={"steps": 1}))
+    only = tmp_path / "run" / "checkpoints" / "step_000001"
+    path = only / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"No complete checkpoint[\s\S]*cut short"):
+        train(config(train={"steps": 2}), resume=True)
+    with pytest.raises(CheckpointError, match="No complete checkpoint"):
+        load_run(tmp_path / "run")
+
+
+def test_load_run_has_the_weights_that_were_saved(config: Any, tmp_path: Path) -> None:
+    from moemm.evaluate import EvaluationPlan, evaluate_model
+    from moemm.modalities import prepare_functions
+
+    summary = train(config(train={"steps": 3}))
+    run = load_run(tmp_path / "run")
+    assert run.step == 3 and not run.model.training
+    plan = EvaluationPlan(split="test", prepare=prepare_functions(run.specs))
+    for name, score in evaluate_model(run.model, run.catalogue, plan).items():
+        assert score.value == summary["tasks"][name]["test"]
+    with pytest.raises(CheckpointError, match="no run folder"):
+        load_run(tmp_path)
+
+
+class Broken:
+    """The real loader, with one image of batch `step` infinite."""
+
+    def __init__(self, loader: Any, step: int) -> None:
+        self._loader, self._step = loader, step
+
+    def __iter__(self) -> Any:
+        for number, batch in enumerate(iter(self._loader)):
+            if number == self._step:
+                self._break(batch)
+            yield batch
+
+    def _break(self, batch: PackedBatch) -> None:
+        row = 1
+        batch.modalities["image"].fields["data"][row] = math.inf
+        self.index = int(batch.index[batch.modalities["image"].sample[row]])
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_non_finite_loss_names_step_task_and_sample(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    real, made = trainer_module.train_loader, []
+
+    def loader(*arguments: Any, **options: Any) -> Broken:
+        made.append(Broken(real(*arguments, **options), step=3))
+        return made[0]
+
+    monkeypatch.setattr(trainer_module, "train_loader", loader)
+    options = {"steps": 6, "checkpoint": {"every": 2}}
+    with pytest.raises(HealthError) as caught:
+        train(config(train=options, deepspeed={"zero_stage": stage}))
+    assert "loss of step 4 is not finite" in str(caught.value)
+    said = f"router: sample {made[0].index} of task shapes has an infinite value in modality image\nNothing"
+    assert said in str(caught.value), "one infinite value reaches other samples, but only its own is to blame"
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == ["step_000002"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_gradient_that_is_not_finite_is_neither_applied_nor_saved(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    class Explode(Callback):
+        def on_step(self, trainer: Trainer, *, stopping: bool) -> None:
+            if trainer.step == 2:
+                first = next(p for p in trainer.engine.model.parameters() if p.requires_grad)
+                first.register_hook(lambda gradient: gradient * math.inf)
+
+    with pytest.raises(HealthError, match="gradient of step 3 has the norm"):
+        train(
+            config(train={"checkpoint": {"every": 1}}, deepspeed={"zero_stage": stage}), extra_callbacks=[Explode()]
+        )
+    assert all(torch.isfinite(value).all() for value in load_run(tmp_path / "run").model.state_dict().values())
