@@ -1,0 +1,117 @@
+"""The quickstart over three seeds, sparse against dense of equal active parameters, scikit-learn beside them.
+
+    python -m benchmarks.quickstart            # about half an hour on 2 cores
+
+The runs go two at a time, a core each; the first seed's sparse run comes last, has the machine to itself, and its time
+is the one stated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.record import Row
+
+RECIPE = "configs/recipes/quickstart.yaml"
+TARGETS = {"digits_hard": 0.93, "avclip": 0.85, "watch": 0.82, "vowels": 0.97, "adult": 0.89, "reviews": 0.82}
+SECONDS = 360.0
+Summary = dict[str, Any]
+
+
+def train(folder: Path, *, moe: str, seed: int, threads: int) -> Summary:
+    """The summary of one run in a process of its own."""
+    output = folder / f"{moe}_{seed}"
+    command = [sys.executable, "-m", "moemm", "train", RECIPE, "--model.moe", moe]
+    command += ["--train.seed", str(seed), "--train.output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    summary: Summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    print(moe, seed, {name: round(task["test"], 3) for name, task in summary["tasks"].items()}, flush=True)
+    return summary
+
+
+def train_all(folder: Path, seeds: list[int]) -> dict[str, list[Summary]]:
+    """moe -> summaries, in the order of the seeds."""
+    timed = ("sparse", seeds[0])
+    rest = [(moe, seed) for seed in seeds for moe in ("sparse", "dense") if (moe, seed) != timed]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        done = list(pool.map(lambda job: train(folder, moe=job[0], seed=job[1], threads=1), rest))
+    found: dict[str, list[Summary]] = {"sparse": [], "dense": []}
+    found["sparse"].append(train(folder, moe="sparse", seed=seeds[0], threads=os.cpu_count() or 1))
+    for (moe, _), summary in zip(rest, done, strict=True):
+        found[moe].append(summary)
+    return found
+
+
+def rows_of(found: dict[str, list[Summary]]) -> list[Row]:
+    """A row a task and figure: sparse against its target, dense, scikit-learn; then time and size."""
+    rows = []
+    for task, target in TARGETS.items():
+        scores = {moe: [run["tasks"][task]["test"] for run in runs] for moe, runs in found.items()}
+        metric = found["sparse"][0]["tasks"][task]["metric"]
+        for moe, values in scores.items():
+            goal = target if moe == "sparse" else None
+            rows.append(row(f"{task}, {moe}", f"test {metric}", values, target=goal))
+        rows.append(Row(case=f"{task}, scikit-learn", metric=f"test {metric}", value=baseline(found, task)))
+    means = {moe: [mean_score(run) for run in runs] for moe, runs in found.items()}
+    rows.append(row("mean of tasks, dense", "test score", means["dense"]))
+    rows.append(row("mean of tasks, sparse", "test score", means["sparse"], target=statistics.mean(means["dense"])))
+    mean_baseline = statistics.mean(baseline(found, task) for task in TARGETS)
+    rows.append(Row(case="mean of tasks, scikit-learn", metric="test score", value=mean_baseline))
+    first = found["sparse"][0]
+    rows.append(Row(case="training", metric="time", value=first["seconds"], unit="s", better="lower", target=SECONDS))
+    rows.append(Row(case="training", metric="throughput", value=first["tokens_per_second"], unit="tokens/s"))
+    for moe, runs in found.items():
+        for kind in ("total", "active"):
+            value = float(runs[0][f"params_{kind}"])
+            rows.append(Row(case=f"model, {moe}", metric=f"{kind} parameters", value=value, better="lower"))
+    return rows
+
+
+def row(case: str, metric: str, values: list[float], *, target: float | None = None) -> Row:
+    """Mean and deviation over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Row(case=case, metric=metric, value=statistics.mean(values), deviation=deviation, target=target)
+
+
+def mean_score(run: Summary) -> float:
+    """Mean of the test scores of all tasks (all are better when higher)."""
+    return statistics.mean(task["test"] for task in run["tasks"].values())
+
+
+def baseline(found: dict[str, list[Summary]], task: str) -> float:
+    """scikit-learn's test score, the same in every run."""
+    return float(found["sparse"][0]["tasks"][task]["baseline"]["test"])
+
+
+def main() -> None:
+    """Run, write results/quickstart.json, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = train_all(Path(folder), arguments.seeds)
+    path = record.write("quickstart", rows_of(found), seeds=arguments.seeds, seconds=time.perf_counter() - began)
+    from benchmarks.tables import show
+
+    show([path])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What every benchmark writes: benchmarks/results/NAME.json, one row a measured figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "deepspeed", "numpy", "scikit-learn", "h5py")
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One figure. value and deviation are None where nothing was measured; target None where there is none.
+
+    ok is computed: does value reach target, in the direction of `better`?
+    """
+
+    case: str
+    metric: str
+    value: float | None
+    deviation: float | None = None
+    unit: str = ""
+    better: Literal["lower", "higher"] = "higher"
+    target: float | None = None
+    ok: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.ok = reaches(self.value, better=self.better, target=self.target)
+
+
+def reaches(value: float | None, *, better: str, target: float | None) -> bool | None:
+    """Whether a value meets its target; None where one of them is missing."""
+    if value is None or target is None:
+        return None
+    return value >= target if better == "higher" else value <= target
+
+
+def write(name: str, rows: Sequence[Row], *, seeds: Sequence[int] = (), seconds: float) -> Path:
+    """Write results/NAME.json: the rows, and how, where and with what they were measured."""
+    record = {
+        "name": name,
+        "command": " ".join(["python", *map(_relative, sys.orig_argv[1:])]),
+        "commit": _commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "seeds": list(seeds),
+        "seconds": round(seconds, 1),
+        "rows": [asdict(row) for row in rows],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result that was written. Raises FileNotFoundError with the command that makes it."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: make it with python -m benchmarks.{name}")
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, GPU and memory (GiB) of this machine."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": gpu, "memory": round(memory, 1)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str:
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent,
+    )  # fmt: skip
+    return result.stdout.strip() or "unknown"
+
+
+def _relative(argument: str) -> str:
+    """An argument without the place of this checkout."""
+    return argument.replace(f"{Path(__file__).parents[1]}/", "")

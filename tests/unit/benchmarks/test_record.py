@@ -1,0 +1,57 @@
+"""Verdicts are computed, files are whole, and the tables in the docs are those of the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import record, tables
+from benchmarks.record import Row
+
+
+@pytest.mark.parametrize(
+    ("value", "better", "target", "ok"),
+    [
+        (0.9, "higher", 0.8, True),
+        (0.7, "higher", 0.8, False),
+        (0.8, "higher", 0.8, True),
+        (1.1, "lower", 1.0, False),
+        (1.0, "lower", 1.0, True),
+        (None, "lower", 1.0, None),
+        (0.5, "higher", None, None),
+    ],
+)
+def test_the_verdict_follows_from_value_direction_and_target(value, better, target, ok) -> None:
+    assert Row(case="c", metric="m", value=value, better=better, target=target).ok is ok
+    assert Row(case="c", metric="m", value=value, better=better, target=target, ok=not ok).ok is ok
+
+
+def test_a_result_names_command_machine_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    path = record.write("some", [Row(case="c", metric="m", value=1.0)], seeds=[0, 1], seconds=2.0)
+    result = json.loads(path.read_text())
+    assert result["name"] == "some" and result["seeds"] == [0, 1]
+    assert {"cpu", "cores", "gpu", "memory"} == set(result["machine"])
+    assert result["versions"]["torch"] and result["commit"] and result["command"].startswith("python")
+    assert str(Path(record.__file__).parents[1]) not in path.read_text(), "no path of this machine"
+
+
+def test_a_result_that_is_not_there_names_its_command() -> None:
+    with pytest.raises(FileNotFoundError, match=r"python -m benchmarks\.nothing"):
+        record.read("nothing")
+
+
+def test_committed_results_have_the_agreed_form() -> None:
+    for path in record.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        assert result["name"] == path.stem
+        for row in result["rows"]:
+            assert row["ok"] is record.reaches(row["value"], better=row["better"], target=row["target"]), row
+
+
+@pytest.mark.parametrize("path", tables.documents(), ids=lambda path: path.name)
+def test_tables_in_the_docs_are_those_of_the_results(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert tables.with_tables(text) == text, "make them anew: python -m benchmarks.tables --docs"
