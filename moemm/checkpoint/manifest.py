@@ -5,6 +5,7 @@ Hashes show that the files are whole and as they were written, not who wrote the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from moemm.errors import CheckpointError
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
+_SEAL = "sha256"
 _PACKAGES = ("moemm", "torch", "deepspeed", "numpy")
 
 
@@ -42,7 +44,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`, as the last file. Raises OSError."""
-        write_text_atomic(folder / FILE_NAME, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        values = asdict(self)
+        sealed = {**values, _SEAL: _digest(values)}
+        write_text_atomic(folder / FILE_NAME, json.dumps(sealed, indent=1, sort_keys=True) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -71,17 +75,32 @@ def read_manifest(folder: Path) -> Manifest:
     return _from_values(values, folder.name)
 
 
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _from_values(values: Any, name: str) -> Manifest:
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         given = values.get("format") if isinstance(values, Mapping) else type(values).__name__
         raise CheckpointError(f"{name}/{FILE_NAME} has format {given}; this version of moemm reads format {FORMAT}")
+    values = dict(values)
+    if values.pop(_SEAL, None) != _digest(values):
+        raise CheckpointError(f"{name}/{FILE_NAME} does not match its own sha256: it was altered")
     names = {field.name for field in fields(Manifest)}
     if set(values) != names:
         raise CheckpointError(f"{name}/{FILE_NAME} lacks or adds keys: {', '.join(sorted(names ^ set(values)))}")
-    for path, entry in values["files"].items():
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or not isinstance(entry, Mapping):
-            raise CheckpointError(f"{name}/{FILE_NAME} names a file outside its folder: {path}")
+    _check_files(values["files"], name)
     return Manifest(**values)
+
+
+def _check_files(files: Any, name: str) -> None:
+    if not isinstance(files, Mapping):
+        raise CheckpointError(f"{name}/{FILE_NAME}: files must be a mapping, not {type(files).__name__}")
+    for path, entry in files.items():
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise CheckpointError(f"{name}/{FILE_NAME} names a file outside its folder: {path}")
+        if not isinstance(entry, Mapping) or set(entry) != {"size", "sha256"}:
+            raise CheckpointError(f"{name}/{FILE_NAME}: {path} must have size and sha256")
 
 
 def verify(folder: Path) -> Manifest:

@@ -173,6 +173,8 @@ class TrainConfig:
     """Steps between lines of metrics."""
     eval_every: Annotated[int, Ge(0)] = 0
     """Steps between evaluations on the val split; 0 evaluates only at the end."""
+    baselines: bool = True
+    """Fit scikit-learn models on the same data at the end, to compare with (tasks of up to 20,000 samples)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 

@@ -17,6 +17,8 @@ from moemm.data.catalogue import ModalityInfo, TaskInfo
 from moemm.data.sample import Sample, Table, Value
 from moemm.evaluate.metrics import LOWER_IS_BETTER, score
 
+MAX_NETWORK_COLUMNS = 1000
+"""Joined columns up to which the network is tried."""
 NUM_FRAMES = 12
 """Frames that a series is resampled to."""
 
@@ -46,10 +48,9 @@ def _candidates(
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """(name, outputs on val and test) of every model that is tried."""
     joined = {split: _join([part[split] for part in columns.values()]) for split in ("train", "val", "test")}
-    # On thousands of sparse columns of text the network takes minutes and is no better.
-    tried = [
-        name for name in estimators(task, seed=seed) if name != "network" or isinstance(joined["train"], np.ndarray)
-    ]
+    # On thousands of columns the network takes minutes and is no better.
+    wide = joined["train"].shape[1] > MAX_NETWORK_COLUMNS
+    tried = [name for name in estimators(task, seed=seed) if name != "network" or not wide]
     for name in tried:
         early = _fit(estimators(task, seed=seed)[name], joined["train"], target)
         yield f"{name}, joined", {split: outputs_of(early, task, joined[split]) for split in ("val", "test")}

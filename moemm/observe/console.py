@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from moemm.observe.records import Metrics, RunInfo
 from moemm.observe.table import duration, number, results_table
@@ -92,5 +93,5 @@ class ConsoleWriter:
             table.add_column(column, justify="right")
         for task in self._info.tasks:
             score = self._scores.get(task, {}).get("value")
-            table.add_row(task, number(self._losses.get(task)), number(self._accuracy.get(task)), number(score))
+            table.add_row(Text(task), number(self._losses.get(task)), number(self._accuracy.get(task)), number(score))
         return Group(self._progress, table)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-LOWER_IS_BETTER = ("rmse", "mae")
+from moemm.evaluate.metrics import LOWER_IS_BETTER
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:

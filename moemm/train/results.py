@@ -26,7 +26,10 @@ _BASELINES = ".baselines"
 def summarize(trainer: Trainer, scores: Mapping[str, Scores]) -> dict[str, Any]:
     """The summary of a finished run; scores: split -> task -> score. Fits baselines that are not cached (rank 0)."""
     setup = trainer.setup
-    found = {task.name: cached_baseline(setup, task) for task in setup.catalogue.tasks}
+    wanted = setup.config.train.baselines
+    if wanted:
+        trainer.tell("fitting scikit-learn on the same data, to compare with (once a data set) ...")
+    found = {task.name: cached_baseline(setup, task) if wanted else None for task in setup.catalogue.tasks}
     seconds = max(trainer.seconds, 1e-9)
     total, active = trainer.num_parameters
     return {
