@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 class Train:
     """Train the model that a configuration describes, on the data that it names.
 
-    One process: moemm train CONFIG. Several: deepspeed --num_accelerators 2 -m moemm train CONFIG, or
+    One process: moemm train CONFIG. Several: deepspeed --num_accelerators 2 --module moemm train CONFIG, or
     torchrun --nproc-per-node 2 -m moemm train CONFIG. Any key of the configuration can be set behind it:
     --train.steps 100 --model.experts.top_k 2 (moemm config explain lists them).
     """

@@ -53,7 +53,7 @@ def test_python_example(folder: Path) -> None:
 
 
 def test_launcher_lines_name_real_options() -> None:
-    lines = re.findall(r"^    (?:deepspeed|torchrun) .* -m moemm (train .*)$", README, re.MULTILINE)
+    lines = re.findall(r"^    (?:deepspeed|torchrun) .* (?:-m|--module) moemm (train .*)$", README, re.MULTILINE)
     assert len(lines) == 2
     from moemm.config import load_config
 

@@ -94,7 +94,7 @@ def parity(folder: str, stages: list[int]) -> dict[str, Any]:
     world = connect(timeout_s=60)
     found: dict[str, Any] = {}
     for stage in stages:
-        for case in ("mixed", "apart", "accumulated"):
+        for case in ("mixed", "apart", "accumulated") if stage in (0, 2) else ("mixed", "apart"):
             train, model = ({"accumulation": 2}, {"moe": "dense"}) if case == "accumulated" else ({}, {})
             trainer, recorder = build(
                 Path(folder), world, name=f"{case}_{stage}_{world.size}", stage=stage, train=train, model=model

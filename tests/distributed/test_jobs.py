@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moemm.testing.tiny import write_tiny_data
 
 HERE = Path(__file__).parent
 STAGES = [0, 1, 2, 3]
-CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
+CASES = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")]
 
 
 def job(name: str, *, ranks: int = 2, **arguments: Any) -> list[Any]:
@@ -41,8 +42,9 @@ def losses(folder: Path) -> dict[str, np.ndarray]:
     return found | {f"one {name}": np.array(value) for name, value in alone.items()}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("case", ["mixed", "apart", "accumulated"])
+@pytest.mark.parametrize(
+    ("case", "stage"), [*product(("mixed", "apart"), STAGES), ("accumulated", 0), ("accumulated", 2)]
+)
 def test_two_ranks_with_half_the_batch_give_the_losses_of_one(
     losses: dict[str, np.ndarray], case: str, stage: int
 ) -> None:
