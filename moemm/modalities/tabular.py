@@ -33,11 +33,11 @@ class Tabular(Tokenizer):
         edges = torch.tensor(spec.fitted["edges"], dtype=torch.float32).reshape(self.num, NUM_BINS + 1)
         self.register_buffer("low_NB", edges[:, :-1].contiguous(), persistent=False)
         self.register_buffer("width_NB", edges.diff(dim=1), persistent=False)
-        self.bins_NBD = nn.Parameter(torch.randn(self.num, NUM_BINS, dim) * 0.2)
-        self.missing_ND = nn.Parameter(torch.randn(self.num, dim) * 0.5)
+        self.bins_NBD = _parameter(self.num, NUM_BINS, dim, std=0.2)
+        self.missing_ND = _parameter(self.num, dim, std=0.5)
         sizes = torch.tensor([0, *spec.info.cat_sizes])
         self.register_buffer("first_C", sizes.cumsum(0)[:-1], persistent=False)
-        self.category_SD = nn.Parameter(torch.randn(int(sizes.sum()), dim) * 0.5)
+        self.category_SD = _parameter(int(sizes.sum()), dim, std=0.5)
         self.column_CD = nn.Parameter(torch.randn(self.num + self.cat, dim) * 0.5)
 
     @classmethod
@@ -51,19 +51,27 @@ class Tabular(Tokenizer):
         """num (n, Dn) with NaN, cat (n, Dc) with 0 -> Dn + Dc tokens a row."""
         num_nN, cat_nC = packed.fields["num"].float(), packed.fields["cat"].long()
         n, columns = num_nN.shape[0], self.num + self.cat
-        values_nCD = torch.cat([self._numbers(num_nN), self.category_SD[cat_nC + self.first_C]], dim=1)
-        values_TD = (values_nCD + self.column_CD).flatten(0, 1)
+        parts = [] if self.bins_NBD is None else [self._numbers(num_nN)]
+        if self.category_SD is not None:
+            parts.append(self.category_SD[cat_nC + self.first_C])
+        values_TD = (torch.cat(parts, dim=1) + self.column_CD).flatten(0, 1)
         column_T = torch.arange(columns, device=num_nN.device).repeat(n)
         row_T = torch.arange(n, device=num_nN.device).repeat_interleave(columns)
         return self.drop(Tokens(values_TD, row_T, sequence_positions(column_T), unknown_time(column_T)))
 
     def _numbers(self, num_nN: torch.Tensor) -> torch.Tensor:
         """(n, Dn) -> (n, Dn, D)."""
+        assert self.bins_NBD is not None and self.missing_ND is not None, "called where there are numeric columns"
         missing_nN = torch.isnan(num_nN)
         filled_nN = torch.where(missing_nN, 0.0, num_nN)
         code_nNB = ((filled_nN[..., None] - self.low_NB) / self.width_NB).clamp(0.0, 1.0)
         value_nND = torch.einsum("nib,ibd->nid", code_nNB.to(self.bins_NBD.dtype), self.bins_NBD)
         return torch.where(missing_nN[..., None], self.missing_ND, value_nND)
+
+
+def _parameter(*shape: int, std: float) -> nn.Parameter | None:
+    """Normal weights, or None where there are no columns: ZeRO-3 cannot gather a parameter without elements."""
+    return nn.Parameter(torch.randn(*shape) * std) if shape[0] else None
 
 
 def _edges(column: np.ndarray) -> list[float]:

@@ -177,3 +177,15 @@ def test_a_series_without_frames_has_no_tokens_and_its_neighbours_keep_theirs() 
     rows = [np.ones((0, 3), np.float32), np.ones((9, 3), np.float32)]
     tokens = build_tokenizer(spec, 8)(pack_values(spec.info, rows))
     assert tokens.row_T.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("columns", ["num", "cat"])
+def test_a_table_of_one_sort_of_columns_has_no_parameter_without_elements(columns: str) -> None:
+    names = {"num_names": ("a",)} if columns == "num" else {"cat_names": ("c",), "cat_sizes": (3,)}
+    info = ModalityInfo(name="side", kind="tabular", ragged=False, **names)
+    number, category = np.ones(int(columns == "num"), np.float32), np.ones(int(columns == "cat"), np.int32)
+    rows = [Table(number * i, category) for i in range(4)]
+    spec = fit_modalities([info], {}, lambda _: rows)["side"]
+    tokenizer = build_tokenizer(spec, 8)
+    assert all(parameter.numel() for parameter in tokenizer.parameters())
+    assert tokenizer(pack_values(info, rows)).values_TD.shape == (4, 8)
