@@ -1,9 +1,9 @@
 """What a rank writes into a checkpoint and reads back. With train/engine.py the only importer of deepspeed.
 
-    step_000020/model.safetensors          all weights, whole, fp32: what evaluate and export read
-    step_000020/random_00000.safetensors   random states of rank 0
-    step_000020/engine/*.pt                DeepSpeed's own shards (pickles: opened only after their hashes are checked)
-    step_000020/manifest.json
+step_000020/model.safetensors          all weights, whole, fp32: what evaluate and export read
+step_000020/random_00000.safetensors   random states of rank 0
+step_000020/engine/*.pt                DeepSpeed's own shards (pickles: opened only after their hashes are checked)
+step_000020/manifest.json
 """
 
 from __future__ import annotations

@@ -69,9 +69,13 @@ class MixtureSampler:
         return sum(self.sizes)
 
     def batch(self, step: int, micro: int = 0, rank: int | None = None) -> list[Draw]:
-        """Micro-batch `micro` of step `step` on `rank` (default: this one): a contiguous slice of the global batch."""
+        """Micro-batch `micro` of step `step` on `rank` (default: this one): a contiguous slice of the global batch.
+
+        The ranks' slices of one micro-batch stand side by side, so that together they are the same samples for any
+        number of ranks: the router's losses, which are those of a micro-batch over all ranks, then are the same too.
+        """
         share = self.batch_size // (self.world_size * self.accumulation)
-        position = (self.rank if rank is None else rank) * self.accumulation + micro
+        position = micro * self.world_size + (self.rank if rank is None else rank)
         start = step * self.batch_size + position * share
         return self.draws(start, start + share)
 

@@ -107,6 +107,7 @@ def _buckets(order_T: torch.Tensor, lengths_B: torch.Tensor, ratio: float) -> li
     """Samples sorted by length, cut where the length exceeds the bucket's shortest by too much."""
     starts_B = lengths_B.cumsum(0) - lengths_B
     by_length = torch.argsort(lengths_B, stable=True)
+    by_length = by_length[lengths_B[by_length] > 0]
     lengths = lengths_B[by_length].tolist()
     cuts, low = [0], lengths[0] if lengths else 0
     for position, length in enumerate(lengths):
@@ -115,11 +116,13 @@ def _buckets(order_T: torch.Tensor, lengths_B: torch.Tensor, ratio: float) -> li
             low = length
     found = []
     for first, last in zip(cuts, [*cuts[1:], len(lengths)], strict=True):
-        if last > first and lengths[last - 1]:
+        if last > first:
             chosen = by_length[first:last]
             step_L = torch.arange(lengths[last - 1], device=order_T.device)
             mask_SL = step_L < lengths_B[chosen][:, None]
-            index_SL = order_T[(starts_B[chosen][:, None] + step_L).clamp_max(order_T.numel() - 1)]
+            # Behind its end a row repeats its own last token: 0 x inf of another sample's token would be NaN.
+            own_SL = torch.minimum(step_L, lengths_B[chosen][:, None] - 1)
+            index_SL = order_T[starts_B[chosen][:, None] + own_SL]
             full = lengths[first] == lengths[last - 1]
             found.append(Bucket(index_SL, None if full else mask_SL))
     return found

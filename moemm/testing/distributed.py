@@ -1,10 +1,10 @@
 """Run a function in a job of several real processes, as a launcher would start them.
 
-    def job(stage):                      # in an importable module, here jobs.py; arguments and result are JSON
-        return torch.distributed.get_rank() + stage
+def job(stage):                      # in an importable module, here jobs.py; arguments and result are JSON
+    return torch.distributed.get_rank() + stage
 
-    results = run_distributed("jobs:job", ranks=2, arguments={"stage": 1})
-    [result.value for result in results] == [1, 2]
+results = run_distributed("jobs:job", ranks=2, arguments={"stage": 1})
+[result.value for result in results] == [1, 2]
 """
 
 from __future__ import annotations

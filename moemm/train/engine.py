@@ -54,16 +54,6 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def _park_empty_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    # ZeRO-3 cannot gather a parameter without elements (the categories of a table that has none): there is nothing to
-    # learn in it, so it becomes a buffer of the same name.
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.numel() == 0:
-                delattr(module, name)
-                module.register_buffer(name, parameter.detach().to(dtype))
-
-
 class Engine:
     """The DeepSpeed engine with the few calls that training needs.
 
@@ -73,7 +63,6 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         deepspeed = _import_deepspeed()
         self.world, self.zero_stage = world, config.deepspeed.zero_stage
-        _park_empty_parameters(model, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         self.model = model
         self.grad_norm: float | None = None
         """Norm of the last step's gradient before clipping; NaN if the step was not applied, None where not known."""

@@ -63,7 +63,7 @@ def test_ranks_and_micro_batches_share_the_global_batch(catalogue: Catalogue, wo
     ranks = [take(catalogue, 3 * accumulation, settings=shared, rank=r, world_size=world) for r in range(world)]
     for step, batch in enumerate(whole):
         micro = range(step * accumulation, (step + 1) * accumulation)
-        parts = [ranks[rank][position] for rank in range(world) for position in micro]
+        parts = [ranks[rank][position] for position in micro for rank in range(world)]
         assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
         assert torch.equal(torch.cat([part.presence for part in parts]), batch.presence)
 

@@ -55,9 +55,13 @@ def test_the_global_batch_does_not_depend_on_the_world(
     size = world * accumulation * per_micro
     alone = sampler(sizes, batch_size=size, seed=3)
     shared = sampler(sizes, batch_size=size, seed=3, world_size=world, accumulation=accumulation)
-    parts = [shared.batch(step, micro, rank) for rank in range(world) for micro in range(accumulation)]
+    parts = [shared.batch(step, micro, rank) for micro in range(accumulation) for rank in range(world)]
     assert {len(part) for part in parts} == {per_micro}
     assert [draw for part in parts for draw in part] == alone.batch(step)
+    one_rank = sampler(sizes, batch_size=size, seed=3, accumulation=accumulation)
+    for micro in range(accumulation):
+        together = [draw for rank in range(world) for draw in shared.batch(step, micro, rank)]
+        assert together == one_rank.batch(step, micro), "a micro-batch of all ranks is that of one rank"
 
 
 @QUICK

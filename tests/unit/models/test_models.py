@@ -68,6 +68,18 @@ def test_packed_attention_equals_one_sample_at_a_time(backend: str) -> None:
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
 
 
+def test_an_infinite_token_stays_in_its_sample() -> None:
+    torch.manual_seed(0)
+    attention = Attention(16, 2, num_layers=1)
+    sample_T = torch.repeat_interleave(torch.arange(4), torch.tensor([3, 5, 4, 6]))
+    x_TD = torch.randn(len(sample_T), 16)
+    plan = AttentionPlan.make(sample_T, num_samples=4, backend="padded")
+    clean_TD = attention(x_TD, plan)
+    x_TD[sample_T == 2] = float("inf")
+    others = sample_T != 2
+    torch.testing.assert_close(attention(x_TD, plan)[others], clean_TD[others])
+
+
 def test_no_tokens_at_all_go_through_attention() -> None:
     attention = Attention(16, 2, num_layers=1)
     for backend in ("padded", "nested"):

@@ -238,7 +238,5 @@ def test_gradient_that_is_not_finite_is_neither_applied_nor_saved(
                 first.register_hook(lambda gradient: gradient * math.inf)
 
     with pytest.raises(HealthError, match="gradient of step 3 has the norm"):
-        train(
-            config(train={"checkpoint": {"every": 1}}, deepspeed={"zero_stage": stage}), extra_callbacks=[Explode()]
-        )
+        train(config(train={"checkpoint": {"every": 1}}, deepspeed={"zero_stage": stage}), extra_callbacks=[Explode()])
     assert all(torch.isfinite(value).all() for value in load_run(tmp_path / "run").model.state_dict().values())
