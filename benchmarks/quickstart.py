@@ -32,6 +32,8 @@ Summary = dict[str, Any]
 def train(folder: Path, *, moe: str, seed: int, threads: int) -> Summary:
     """The summary of one run in a process of its own."""
     output = folder / f"{moe}_{seed}"
+    if (output / "summary.json").exists():
+        return read_summary(output)
     command = [sys.executable, "-m", "moemm", "train", RECIPE, "--model.moe", moe]
     command += ["--train.seed", str(seed), "--train.output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -40,8 +42,14 @@ def train(folder: Path, *, moe: str, seed: int, threads: int) -> Summary:
         raise SystemExit(
             f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
-    summary: Summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(output)
     print(moe, seed, {name: round(task["test"], 3) for name, task in summary["tasks"].items()}, flush=True)
+    return summary
+
+
+def read_summary(output: Path) -> Summary:
+    """What a finished run left behind."""
+    summary: Summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     return summary
 
 
@@ -103,10 +111,11 @@ def main() -> None:
     """Run, write results/quickstart.json, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, help="keep the runs here; those that are finished are not run again")
     arguments = parser.parse_args()
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        found = train_all(Path(folder), arguments.seeds)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = train_all(arguments.folder or Path(temporary), arguments.seeds)
     path = record.write("quickstart", rows_of(found), seeds=arguments.seeds, seconds=time.perf_counter() - began)
     from benchmarks.tables import show
 
