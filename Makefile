@@ -33,7 +33,7 @@ setup: $(DONE)/4-build  ## make .venv and build moemm._C
 
 train: setup  ## set up, then train RECIPE (the quickstart: six tasks, at most 6 minutes on 2 cores)
 	@echo "[5/5] training $(RECIPE) ..."
-	@$(BIN)/moemm train $(RECIPE)
+	@$(BIN)/moemm train $(RECIPE) --resume
 
 test: setup  ## set up, then check style and types and run the tests
 	@echo "[5/5] checking style and types, then running the tests ($(WORKERS) at a time) ..."

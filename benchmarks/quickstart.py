@@ -29,14 +29,14 @@ SECONDS = 360.0
 Summary = dict[str, Any]
 
 
-def train(folder: Path, *, moe: str, seed: int, threads: int) -> Summary:
+def train(folder: Path, *, moe: str, seed: int, alone: bool = False) -> Summary:
     """The summary of one run in a process of its own."""
     output = folder / f"{moe}_{seed}"
     if (output / "summary.json").exists():
         return read_summary(output)
     command = [sys.executable, "-m", "moemm", "train", RECIPE, "--model.moe", moe]
     command += ["--train.seed", str(seed), "--train.output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = dict(os.environ) if alone else {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(
@@ -58,9 +58,9 @@ def train_all(folder: Path, seeds: list[int]) -> dict[str, list[Summary]]:
     timed = ("sparse", seeds[0])
     rest = [(moe, seed) for seed in seeds for moe in ("sparse", "dense") if (moe, seed) != timed]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        done = list(pool.map(lambda job: train(folder, moe=job[0], seed=job[1], threads=1), rest))
+        done = list(pool.map(lambda job: train(folder, moe=job[0], seed=job[1]), rest))
     found: dict[str, list[Summary]] = {"sparse": [], "dense": []}
-    found["sparse"].append(train(folder, moe="sparse", seed=seeds[0], threads=os.cpu_count() or 1))
+    found["sparse"].append(train(folder, moe="sparse", seed=seeds[0], alone=True))
     for (moe, _), summary in zip(rest, done, strict=True):
         found[moe].append(summary)
     return found

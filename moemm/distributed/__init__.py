@@ -9,11 +9,13 @@ from moemm.distributed.collectives import (
     sum_over_ranks,
 )
 from moemm.distributed.environment import World, connect, disconnect, prepare_environment
+from moemm.distributed.threads import choose_cpu_threads
 
 __all__ = [
     "World",
     "agree",
     "broadcast_object",
+    "choose_cpu_threads",
     "connect",
     "disconnect",
     "gather_objects",

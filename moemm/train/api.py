@@ -18,7 +18,7 @@ from moemm.checkpoint.store import load_weights
 from moemm.config import Config, LoadedConfig, load_config
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
-from moemm.distributed import World, connect
+from moemm.distributed import World, choose_cpu_threads, connect
 from moemm.errors import CheckpointError
 from moemm.modalities import ModalitySpec
 from moemm.train.callbacks import (
@@ -45,6 +45,7 @@ def train(
     signal that stopped it (signals.EXIT_CODES). Raises MoemmError's children, the same on all ranks.
     """
     world = connect(timeout_s=loaded.config.deepspeed.timeout_s)
+    choose_cpu_threads(world, workers=loaded.config.data.num_workers)
     setup, going_on = prepare(loaded, resume=resume)
     with stop_requests() as stop:
         return _train(setup, world, stop, going_on=going_on, wanted=resume, extra=extra_callbacks or [])
