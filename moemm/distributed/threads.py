@@ -14,7 +14,7 @@ def cpu_threads(environ: Mapping[str, str], *, cores: int, local_ranks: int, wor
     """Threads for this rank: its share of the cores, less one a loader worker, at least 1; None where the user chose.
 
     torch takes all cores by default. Threads that wait for a core spin, so that one thread too many costs more than
-    one too few: see the rows "threads" of benchmarks/results/threads.json.
+    one too few: see benchmarks/results/threads.json.
     """
     if "OMP_NUM_THREADS" in environ:
         return None
