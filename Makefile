@@ -23,7 +23,7 @@ BUILD_OPTIONS := $(MOEMM_BUILD) $(DEBUG) $(TORCH_CUDA_ARCH_LIST) $(CXX)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export DS_BUILD_OPS := 0
 
-.PHONY: help setup train test lint format clean distclean FORCE
+.PHONY: help setup train test lint results format clean distclean FORCE
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -44,6 +44,9 @@ lint: setup  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet . || { echo "some files are not formatted: make format"; exit 1; }
 	@$(BIN)/mypy
+
+results: setup  ## all measured figures as one table, misses first
+	@$(BIN)/python -m benchmarks.tables
 
 format: setup  ## let ruff format the Python files
 	@$(BIN)/ruff format .
