@@ -2,6 +2,14 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(moemm, m) {
+  m.def(
+      "route_topk(Tensor logits, Tensor modality, Tensor allowed, Tensor? bias=None, *, int top_k, str kind, "
+      "bool renormalise) -> (Tensor gates, Tensor experts, Tensor load, Tensor prob, Tensor z, Tensor tokens)");
+  m.def(
+      "route_topk_backward(Tensor dgates, Tensor dprob, Tensor dz, Tensor logits, Tensor modality, Tensor allowed, "
+      "Tensor experts, *, str kind, bool renormalise) -> Tensor");
+  m.def(
+      "plan(Tensor experts, *, int num_experts) -> (Tensor counts, Tensor offsets, Tensor order, Tensor inverse)");
   m.def("permute(Tensor x, Tensor order, Tensor inverse) -> Tensor");
   m.def("permute_backward(Tensor grad, Tensor order, Tensor inverse) -> Tensor");
   m.def("combine(Tensor y, Tensor inverse, Tensor gates) -> Tensor");

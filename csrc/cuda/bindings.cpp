@@ -5,12 +5,15 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <tuple>
 
 #include "combine.cuh"
 #include "moemm/checks.h"
 #include "moemm/dispatch.h"
 #include "permute.cuh"
+#include "plan.cuh"
+#include "route_topk.cuh"
 
 namespace moemm::cuda {
 namespace {
@@ -117,9 +120,123 @@ std::tuple<at::Tensor, at::Tensor> combine_backward(const at::Tensor& grad, cons
   return {dy, dgates.to(gates.scalar_type())};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan(const at::Tensor& experts, int64_t num_experts) {
+  constexpr const char* op = "moemm::plan";
+  check_experts(op, experts, num_experts);
+  TORCH_CHECK(num_experts <= kMaxPlanExperts, op, ": on CUDA num_experts is at most ", kMaxPlanExperts, ", but is ",
+              num_experts);
+  const c10::cuda::CUDAGuard guard(experts.device());
+  const auto dense = experts.contiguous();
+  const auto wide = experts.options().dtype(at::kLong);
+  const int64_t num_slots = experts.numel();
+  auto counts = at::empty({num_experts}, wide), offsets = at::empty({num_experts + 1}, wide);
+  auto order = at::empty({num_slots}, experts.options()), inverse = at::empty(experts.sizes(), experts.options());
+  auto histograms =
+      at::empty({(num_slots + kPlanSlots - 1) / kPlanSlots, num_experts}, experts.options().dtype(at::kInt));
+  const PlanArguments arguments{
+      .index = index_of(experts),
+      .experts = dense.const_data_ptr(),
+      .histograms = histograms.mutable_data_ptr<int32_t>(),
+      .counts = counts.mutable_data_ptr<int64_t>(),
+      .offsets = offsets.mutable_data_ptr<int64_t>(),
+      .order = order.mutable_data_ptr(),
+      .inverse = inverse.mutable_data_ptr(),
+      .num_slots = num_slots,
+      .num_experts = num_experts,
+  };
+  C10_CUDA_CHECK(launch_plan(arguments, c10::cuda::getCurrentCUDAStream()));
+  return {counts, offsets, order, inverse};
+}
+
+void check_route_size(const char* op, const at::Tensor& logits) {
+  TORCH_CHECK(logits.size(1) <= kMaxRouteExperts, op, ": on CUDA there are at most ", kMaxRouteExperts,
+              " experts, but logits has ", logits.size(1));
+}
+
+RouteOutputs route_topk(const at::Tensor& logits, const at::Tensor& modality, const at::Tensor& allowed,
+                        const std::optional<at::Tensor>& bias, int64_t top_k, c10::string_view kind, bool renormalise) {
+  constexpr const char* op = "moemm::route_topk";
+  check_route(op, logits, modality, allowed, bias, top_k, kind);
+  check_route_size(op, logits);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const auto logits_dense = with_dense_rows(logits);
+  const auto modality_dense = modality.contiguous(), allowed_dense = allowed.contiguous();
+  const auto wide = logits.options().dtype(accumulator_of(logits.scalar_type()));
+  const auto bias_dense = bias ? bias->to(wide.dtype()).contiguous() : at::Tensor();
+  const int64_t num_tokens = logits.size(0), num_modalities = allowed.size(0), size = allowed.numel();
+  auto gates = at::empty({num_tokens, top_k}, wide);
+  auto experts = at::empty({num_tokens, top_k}, logits.options().dtype(at::kLong));
+  auto rows = at::empty({num_tokens, 2}, wide);
+  auto sums = at::empty({2 * size + 2 * num_modalities}, wide);
+  auto chunks = at::empty({(num_tokens + kRouteChunk - 1) / kRouteChunk, sums.numel()}, wide);
+  const RouteArguments arguments{
+      .element = element_of(logits),
+      .sigmoid = kind == "sigmoid",
+      .renormalise = renormalise,
+      .logits = logits_dense.const_data_ptr(),
+      .modality = modality_dense.const_data_ptr<int64_t>(),
+      .allowed = allowed_dense.const_data_ptr<bool>(),
+      .bias = bias ? bias_dense.const_data_ptr() : nullptr,
+      .gates = gates.mutable_data_ptr(),
+      .experts = experts.mutable_data_ptr<int64_t>(),
+      .rows = rows.mutable_data_ptr(),
+      .chunks = chunks.mutable_data_ptr(),
+      .sums = sums.mutable_data_ptr(),
+      .logits_stride = logits_dense.stride(0),
+      .num_tokens = num_tokens,
+      .num_experts = logits.size(1),
+      .num_modalities = num_modalities,
+      .top_k = top_k,
+  };
+  C10_CUDA_CHECK(launch_route_topk(arguments, c10::cuda::getCurrentCUDAStream()));
+  return {gates,
+          experts,
+          sums.narrow(0, 0, size).view(allowed.sizes()).clone(),
+          sums.narrow(0, size, size).view(allowed.sizes()).clone(),
+          sums.narrow(0, 2 * size, num_modalities).clone(),
+          sums.narrow(0, 2 * size + num_modalities, num_modalities).clone()};
+}
+
+at::Tensor route_topk_backward(const at::Tensor& dgates, const at::Tensor& dprob, const at::Tensor& dz,
+                               const at::Tensor& logits, const at::Tensor& modality, const at::Tensor& allowed,
+                               const at::Tensor& experts, c10::string_view kind, bool renormalise) {
+  constexpr const char* op = "moemm::route_topk_backward";
+  check_route_backward(op, dgates, dprob, dz, logits, modality, allowed, experts, kind);
+  check_route_size(op, logits);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const auto logits_dense = with_dense_rows(logits);
+  const auto dgates_dense = dgates.contiguous(), dprob_dense = dprob.contiguous(), dz_dense = dz.contiguous();
+  const auto modality_dense = modality.contiguous(), allowed_dense = allowed.contiguous();
+  const auto experts_dense = experts.contiguous();
+  auto out = at::empty(logits.sizes(), logits.options().memory_format(at::MemoryFormat::Contiguous));
+  const RouteBackwardArguments arguments{
+      .element = element_of(logits),
+      .sigmoid = kind == "sigmoid",
+      .renormalise = renormalise,
+      .dgates = dgates_dense.const_data_ptr(),
+      .dprob = dprob_dense.const_data_ptr(),
+      .dz = dz_dense.const_data_ptr(),
+      .logits = logits_dense.const_data_ptr(),
+      .modality = modality_dense.const_data_ptr<int64_t>(),
+      .allowed = allowed_dense.const_data_ptr<bool>(),
+      .experts = experts_dense.const_data_ptr<int64_t>(),
+      .out = out.mutable_data_ptr(),
+      .logits_stride = logits_dense.stride(0),
+      .num_tokens = logits.size(0),
+      .num_experts = logits.size(1),
+      .num_modalities = allowed.size(0),
+      .top_k = experts.size(1),
+  };
+  C10_CUDA_CHECK(launch_route_topk_backward(arguments, c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moemm, CUDA, m) {
+  m.impl("route_topk", &route_topk);
+  m.impl("route_topk_backward", &route_topk_backward);
+  m.impl("plan", &plan);
   m.impl("permute", &permute);
   m.impl("permute_backward", &permute_backward);
   m.impl("combine", &combine);

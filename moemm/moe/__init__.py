@@ -1,6 +1,5 @@
 """Mixture of experts: the expert map, the router, the experts, and the layer that joins them."""
 
-from moemm.moe.dispatcher import Plan
 from moemm.moe.expert_map import Expert, ExpertMap
 from moemm.moe.experts import FeedForward
 from moemm.moe.layer import ExpertShape, MoELayer
@@ -15,7 +14,6 @@ __all__ = [
     "ExpertShape",
     "FeedForward",
     "MoELayer",
-    "Plan",
     "Router",
     "RouterStats",
     "Routing",

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moemm.moe.dispatcher import Plan
+from moemm import ops
 from moemm.moe.expert_map import ExpertMap
 from moemm.moe.experts import FeedForward
-from moemm.moe.router import Router, Routing
-from moemm.moe.stats import RouterStats, sum_by_modality
+from moemm.moe.router import Router
+from moemm.moe.stats import RouterStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +60,10 @@ class MoELayer(nn.Module):
         if not self.experts:
             return out_TD, None
         gates_TK, experts_TK, stats = self._slots(x_TD, modality_T)
-        plan = Plan.from_experts(experts_TK, num_experts=len(self.experts))
-        rows = plan.permute(x_TD).split(plan.counts)
+        plan = ops.plan(experts_TK, num_experts=len(self.experts))
+        rows = ops.permute(x_TD, plan.order_R, plan.inverse_TK).split(plan.counts_E.tolist())
         y_RD = torch.cat([expert(x) for expert, x in zip(self.experts.values(), rows, strict=True)])
-        return out_TD + plan.combine(y_RD, gates_TK), stats
+        return out_TD + ops.combine(y_RD, plan.inverse_TK, gates_TK), stats
 
     def _slots(
         self, x_TD: torch.Tensor, modality_T: torch.Tensor
@@ -75,24 +75,12 @@ class MoELayer(nn.Module):
             gates.append(x_TD.new_ones(x_TD.shape[0], 1, dtype=wide))
             experts.append(self.own_M[modality_T, None])
         if self.router is not None:
-            routing, z_T = self.router(x_TD, modality_T)
-            gates.append(routing.gates_TK)
-            experts.append(routing.experts_TK + self.num_modality_experts)
-            stats = _stats(routing, z_T, modality_T, len(self.map.modalities))
+            routed = self.router(x_TD, modality_T)
+            gates.append(routed.gates_TK)
+            experts.append(routed.experts_TK + self.num_modality_experts)
+            stats = RouterStats(routed.load_ME[None], routed.prob_ME[None], routed.z_M[None], routed.tokens_M)
         return torch.cat(gates, dim=1), torch.cat(experts, dim=1), stats
 
 
 def _expert(width: int, shape: ExpertShape) -> FeedForward:
     return FeedForward(shape.dim, width, activation=shape.activation, num_layers=shape.num_layers)
-
-
-def _stats(routing: Routing, z_T: torch.Tensor, modality_T: torch.Tensor, num_modalities: int) -> RouterStats:
-    """Sums over the tokens of each modality, as one layer of RouterStats."""
-    chosen_TE = torch.zeros_like(routing.prob_TE).scatter(1, routing.experts_TK, 1.0)
-    ones_T1 = torch.ones_like(z_T)[:, None]
-    return RouterStats(
-        sum_by_modality(chosen_TE, modality_T, num_modalities)[None],
-        sum_by_modality(routing.prob_TE, modality_T, num_modalities)[None],
-        sum_by_modality(z_T.square()[:, None], modality_T, num_modalities)[None, :, 0],
-        sum_by_modality(ones_T1, modality_T, num_modalities)[:, 0],
-    )

@@ -5,6 +5,7 @@ T tokens, D width, E routed experts, K chosen, M modalities. A router is a funct
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,11 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moemm import ops
 from moemm.errors import ConfigError
+from moemm.moe.stats import sum_by_modality
+from moemm.ops import RouteTopk
 
 
 class Routing(NamedTuple):
-    """gates_TK floating, experts_TK int64, prob_TE the probabilities that the gates were taken from."""
+    """What a router function of one's own returns.
+
+    gates_TK floating, experts_TK int64, prob_TE the probabilities that the gates were taken from.
+    """
 
     gates_TK: torch.Tensor
     experts_TK: torch.Tensor
@@ -24,31 +31,39 @@ class Routing(NamedTuple):
 
 
 RouterFunction = Callable[..., Routing]
-ROUTERS: dict[str, RouterFunction] = {}
+ROUTERS: dict[str, Callable[..., RouteTopk]] = {
+    "softmax": functools.partial(ops.route_topk, kind="softmax"),
+    "sigmoid": functools.partial(ops.route_topk, kind="sigmoid"),
+}
+"""Name -> (logits_TE, modality_T, allowed_ME, top_k=) -> RouteTopk. Gates are not renormalised: a router then has a
+gradient at k = 1 too. (Top-k before softmax, and softmax followed by renormalising, give exactly zero there.)"""
 
 
 def register_router(name: str) -> Callable[[RouterFunction], RouterFunction]:
-    """Make a function (masked logits_TE, top_k=) -> Routing known by name."""
+    """Make a function (masked logits_TE, top_k=) -> Routing known by name; forbidden experts' logits are -inf."""
 
     def add(function: RouterFunction) -> RouterFunction:
         if name in ROUTERS:
-            raise ConfigError(f"router '{name}' is registered twice: {ROUTERS[name].__module__}, {function.__module__}")
-        ROUTERS[name] = function
+            raise ConfigError(f"router '{name}' is registered twice; give {function.__module__} another name")
+        ROUTERS[name] = functools.partial(_with_statistics, function)
         return function
 
     return add
 
 
-@register_router("softmax")
-def softmax_topk(logits_TE: torch.Tensor, *, top_k: int) -> Routing:
-    """Softmax over the allowed experts, then the `top_k` largest, not renormalised.
-
-    Softmax before top-k: a gate then depends on every logit, so the router has a gradient at k = 1 too. (Top-k before
-    softmax, and softmax followed by renormalising, give exactly zero there.)
-    """
-    prob_TE = torch.softmax(logits_TE, dim=-1)
-    gates_TK, experts_TK = prob_TE.topk(top_k, dim=-1)
-    return Routing(gates_TK, experts_TK, prob_TE)
+def _with_statistics(
+    function: RouterFunction, logits_TE: torch.Tensor, modality_T: torch.Tensor, allowed_ME: torch.Tensor, *, top_k: int
+) -> RouteTopk:
+    """Calls a router function on masked logits and takes the sums that the losses need."""
+    logits_TE = logits_TE.masked_fill(~allowed_ME[modality_T], float("-inf"))
+    gates_TK, experts_TK, prob_TE = function(logits_TE, top_k=top_k)
+    total = functools.partial(sum_by_modality, modality_T=modality_T, num_modalities=allowed_ME.shape[0])
+    chosen_TE = torch.zeros_like(prob_TE).scatter(1, experts_TK, 1.0).detach()
+    z_T1 = torch.logsumexp(logits_TE, dim=-1, keepdim=True).square()
+    ones_T1 = torch.ones_like(z_T1)
+    return RouteTopk(
+        gates_TK, experts_TK, total(chosen_TE), total(prob_TE), total(z_T1)[:, 0], total(ones_T1).detach()[:, 0]
+    )
 
 
 class Router(nn.Module):
@@ -72,12 +87,10 @@ class Router(nn.Module):
         for row in self.rows.values():
             nn.init.normal_(row, std=0.02)
 
-    def forward(self, x_TD: torch.Tensor, modality_T: torch.Tensor) -> tuple[Routing, torch.Tensor]:
-        """Routing of each token and z_T, the log-sum-exp of its allowed logits."""
+    def forward(self, x_TD: torch.Tensor, modality_T: torch.Tensor) -> RouteTopk:
+        """Gates, experts and statistics of the tokens x_TD (T, D) of modalities modality_T (T,) int64."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         weight_ED = torch.stack([row.to(wide) for row in self.rows.values()])
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(wide), weight_ED)
-        allowed_TE = self.allowed_ME[modality_T]
-        logits_TE = logits_TE.masked_fill(~allowed_TE, float("-inf"))
-        return self.choose(logits_TE, top_k=self.top_k), torch.logsumexp(logits_TE, dim=-1)
+        return self.choose(logits_TE, modality_T, self.allowed_ME, top_k=self.top_k)

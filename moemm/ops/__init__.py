@@ -6,5 +6,7 @@ Without the compiled library the same functions run in plain PyTorch, after one 
 from moemm.ops.backend import backend_info
 from moemm.ops.combine import combine
 from moemm.ops.permute import permute
+from moemm.ops.plan import Plan, plan
+from moemm.ops.route_topk import RouteTopk, route_topk
 
-__all__ = ["backend_info", "combine", "permute"]
+__all__ = ["Plan", "RouteTopk", "backend_info", "combine", "permute", "plan", "route_topk"]

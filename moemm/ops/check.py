@@ -64,3 +64,43 @@ def weighted(op: str, y_RD: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: to
     size(op, "gates", gates_TK.shape[1], inverse_TK.shape[1], "K (the columns of inverse)")
     device(op, "inverse", inverse_TK, y_RD)
     device(op, "gates", gates_TK, y_RD)
+
+
+def experts(op: str, experts_TK: torch.Tensor, num_experts: int) -> None:
+    """Arguments of plan."""
+    rank(op, "experts", experts_TK, "(T, K)")
+    dtype(op, "experts", experts_TK, INDICES)
+    if num_experts < 1:
+        raise KernelError(f"{op}: num_experts must be at least 1, but is {num_experts}")
+
+
+def route(
+    op: str,
+    logits_TE: torch.Tensor,
+    modality_T: torch.Tensor,
+    allowed_ME: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    top_k: int,
+    kind: str,
+) -> None:
+    """Arguments of route_topk."""
+    rank(op, "logits", logits_TE, "(T, E)")
+    rank(op, "modality", modality_T, "(T,)")
+    rank(op, "allowed", allowed_ME, "(M, E)")
+    dtype(op, "logits", logits_TE, FLOATS)
+    dtype(op, "modality", modality_T, (torch.int64,))
+    dtype(op, "allowed", allowed_ME, (torch.bool,))
+    num_experts = logits_TE.shape[1]
+    size(op, "modality", modality_T.shape[0], logits_TE.shape[0], "T (the rows of logits)")
+    size(op, "allowed", allowed_ME.shape[1], num_experts, "E (the columns of logits)")
+    device(op, "modality", modality_T, logits_TE)
+    device(op, "allowed", allowed_ME, logits_TE)
+    if not 1 <= top_k <= num_experts:
+        raise KernelError(f"{op}: top_k must be 1 to {num_experts} (the experts), but is {top_k}")
+    if kind not in ("softmax", "sigmoid"):
+        raise KernelError(f"{op}: kind must be softmax or sigmoid, but is {kind}")
+    if bias_E is not None:
+        rank(op, "bias", bias_E, "(E,)")
+        dtype(op, "bias", bias_E, FLOATS)
+        size(op, "bias", bias_E.shape[0], num_experts, "E (the columns of logits)")
+        device(op, "bias", bias_E, logits_TE)

@@ -8,6 +8,54 @@ from __future__ import annotations
 
 import torch
 
+Tensors = tuple[torch.Tensor, ...]
+
+
+def route_topk(
+    logits_TE: torch.Tensor,
+    modality_T: torch.Tensor,
+    allowed_ME: torch.Tensor,
+    bias_E: torch.Tensor | None = None,
+    *,
+    top_k: int,
+    kind: str,
+    renormalise: bool,
+) -> Tensors:
+    """gates_TK, experts_TK, load_ME, prob_ME, z_M, tokens_M; see moemm.ops.route_topk."""
+    if not allowed_ME.any(1)[modality_T].all():
+        raise ValueError("route_topk: a token is of a modality for which allowed has no expert")
+    allowed_TE = allowed_ME[modality_T]
+    exact = torch.promote_types(logits_TE.dtype, torch.float32)
+    logits_TE = logits_TE.to(exact).masked_fill(~allowed_TE, -torch.inf)
+    score_TE = torch.softmax(logits_TE, -1) if kind == "softmax" else torch.sigmoid(logits_TE)
+    key_TE = logits_TE if bias_E is None else score_TE + bias_E.to(exact)
+    key_TE = key_TE.detach().nan_to_num(nan=torch.finfo(exact).min).masked_fill(~allowed_TE, -torch.inf)
+    experts_TK = key_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    found_TK = allowed_TE.gather(1, experts_TK)
+    gates_TK = score_TE.gather(1, experts_TK).masked_fill(~found_TK, 0.0)
+    if renormalise:
+        gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
+    chosen_TE = torch.zeros_like(score_TE).scatter(1, experts_TK, found_TK.to(exact))
+    member_MT = (modality_T == torch.arange(allowed_ME.shape[0], device=modality_T.device)[:, None]).to(exact)
+    share_TE = score_TE / score_TE.sum(-1, keepdim=True)
+    sums = (member_MT @ chosen_TE.detach(), member_MT @ share_TE, member_MT @ torch.logsumexp(logits_TE, -1).square())
+    return gates_TK, experts_TK.masked_fill(~found_TK, -1), *sums, member_MT.sum(1)
+
+
+def plan(experts_TK: torch.Tensor, *, num_experts: int) -> Tensors:
+    """counts_E, offsets_E1, order_R, inverse_TK; see moemm.ops.plan."""
+    flat_R = experts_TK.flatten()
+    if ((flat_R < -1) | (flat_R >= num_experts)).any():
+        raise IndexError(f"plan: experts holds an id out of range; allowed is 0 to {num_experts - 1}, or -1 for none")
+    order_R = torch.where(flat_R < 0, num_experts, flat_R).argsort(stable=True)
+    inverse_R = torch.empty_like(order_R)
+    inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
+    dropped_R = flat_R < 0
+    counts_E = torch.bincount(flat_R[~dropped_R], minlength=num_experts)
+    offsets_E1 = torch.cat([counts_E.new_zeros(1), counts_E.cumsum(0)])
+    order_R = order_R.masked_fill(dropped_R[order_R], -1).to(experts_TK.dtype)
+    return counts_E, offsets_E1, order_R, inverse_R.masked_fill(dropped_R, -1).to(experts_TK.dtype).view_as(experts_TK)
+
 
 def permute(x_TD: torch.Tensor, order_R: torch.Tensor, inverse_TK: torch.Tensor) -> torch.Tensor:
     """Rows of x in the order of a plan: (T, D) -> (R, D); see moemm.ops.permute."""

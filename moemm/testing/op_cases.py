@@ -12,13 +12,15 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from moemm import ops
 from moemm.ops import reference
 
-Arguments = tuple[torch.Tensor, ...]
+Arguments = tuple[Any, ...]
+"""Tensors, lists of tensors, None."""
 
 SHAPES = (
     (0, 8, 2, 4),
@@ -65,22 +67,34 @@ class OpCase:
     def arguments(self, device: str = "cpu") -> Arguments:
         """The same arguments at every call; those of floating type require a gradient."""
         tensors = MAKERS[self.op](self, torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
-        return tuple(one.to(device).detach().requires_grad_(one.is_floating_point()) for one in tensors)
+        return _each(lambda one: one.to(device).detach().requires_grad_(one.is_floating_point()), tensors)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the call."""
+        return OPTIONS[self.op](self) if self.op in OPTIONS else {}
 
     def check(self, device: str = "cpu") -> None:
-        """Output and gradients agree with the oracle's; raises AssertionError where not."""
+        """Outputs and gradients agree with the oracle's; raises AssertionError where not."""
         arguments = self.arguments(device)
-        oracle = tuple(_exact(one) for one in arguments)
-        out, expected = getattr(ops, self.op)(*arguments), getattr(reference, self.op)(*oracle)
-        assert out.dtype == self.dtype, f"{self.name}: the output is {out.dtype}"
-        _close(out, expected, f"{self.name}: output")
-        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=device).view_as(out).to(self.dtype)
-        out.backward(weight)
-        expected.backward(weight.double())
-        for position, (one, exact) in enumerate(zip(arguments, oracle, strict=True)):
-            if one.requires_grad:
+        oracle = _each(_exact, arguments)
+        outputs = tensors_of(getattr(ops, self.op)(*arguments, **self.options))
+        expected = tensors_of(getattr(reference, self.op)(*oracle, **self.options))
+        total, exact_total = torch.zeros((), device=device), torch.zeros((), dtype=torch.float64, device=device)
+        for number, (out, exact) in enumerate(zip(outputs, expected, strict=True)):
+            _close(out, exact, f"{self.name}: output {number}")
+            if out.requires_grad:
+                weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=device).view_as(out)
+                weight = weight.to(out.dtype)
+                total, exact_total = total + (out * weight).sum(), exact_total + (exact * weight.double()).sum()
+        if total.requires_grad:
+            total.backward()
+            exact_total.backward()
+        for position, (one, exact) in enumerate(zip(tensors_of(arguments), tensors_of(oracle), strict=True)):
+            if one.grad is not None or exact.grad is not None:
                 assert one.grad is not None, f"{self.name}: argument {position} has no gradient"
-                _close(one.grad, exact.grad, f"{self.name}: gradient of argument {position}")
+                assert exact.grad is not None, f"{self.name}: argument {position} has a gradient, the oracle's none"
+                _close(one.grad, exact.grad, f"{self.name}: gradient of argument {position}", self.dtype)
 
 
 def op_cases(*names: str) -> Iterator[OpCase]:
@@ -138,15 +152,77 @@ def _combine(case: OpCase, generator: torch.Generator) -> Arguments:
     return _rows(case, len(order_R), generator), inverse_TK, gates_TK if mixed else gates_TK.to(case.dtype)
 
 
-MAKERS: dict[str, Callable[[OpCase, torch.Generator], Arguments]] = {"permute": _permute, "combine": _combine}
+def _experts(case: OpCase, generator: torch.Generator) -> Arguments:
+    """Plan "padded": the tensor is not contiguous."""
+    tokens, _, slots, experts = case.shape
+    experts_TK = torch.rand(tokens, experts, generator=generator).topk(slots, dim=1).indices
+    if case.plan == "one":
+        experts_TK = torch.zeros_like(experts_TK)
+    if case.plan == "dropped":
+        experts_TK[torch.rand(tokens, slots, generator=generator) < 1 / 3] = -1
+    return (experts_TK.to(case.index).t().contiguous().t() if case.plan == "padded" else experts_TK.to(case.index),)
+
+
+def _route(case: OpCase, generator: torch.Generator) -> Arguments:
+    """Plan "one": a modality with a single expert; "dropped": fewer allowed than K; "padded": with a bias.
+
+    int32 stands for a sigmoid router.
+    """
+    tokens, _, slots, experts = case.shape
+    allowed_ME = torch.ones(3, experts, dtype=torch.bool)
+    allowed_ME[1] = torch.rand(experts, generator=generator) > 1 / 2
+    allowed_ME[1, :slots] = True
+    if case.plan in ("one", "dropped"):
+        allowed_ME[2] = torch.arange(experts) == experts - 1
+    if case.plan == "dropped":
+        allowed_ME[1] = torch.arange(experts) < max(1, slots - 1)
+    wide = OpCase(case.op, (tokens, experts, slots, experts), case.dtype, case.index, case.layout, case.plan)
+    logits_TE = _rows(wide, tokens, generator)
+    bias_E = torch.randn(experts, generator=generator).to(case.dtype) if case.plan == "padded" else None
+    return logits_TE, torch.randint(0, 3, (tokens,), generator=generator), allowed_ME, bias_E
+
+
+MAKERS: dict[str, Callable[[OpCase, torch.Generator], Arguments]] = {
+    "route_topk": _route,
+    "plan": _experts,
+    "permute": _permute,
+    "combine": _combine,
+}
+OPTIONS: dict[str, Callable[[OpCase], dict[str, Any]]] = {
+    "route_topk": lambda case: {
+        "top_k": case.shape[2],
+        "kind": "softmax" if case.index == torch.int64 else "sigmoid",
+        "renormalise": case.layout == "apart",
+    },
+    "plan": lambda case: {"num_experts": case.shape[3]},
+}
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """All tensors of arguments or outputs, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for one in value or () for tensor in tensors_of(one)]
+
+
+def _each(function: Callable[[torch.Tensor], torch.Tensor], values: Arguments) -> Arguments:
+    def apply(one: Any) -> Any:
+        if isinstance(one, list):
+            return [function(tensor) for tensor in one]
+        return None if one is None else function(one)
+
+    return tuple(map(apply, values))
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().double().requires_grad_() if tensor.is_floating_point() else tensor
 
 
-def _close(actual: torch.Tensor, expected: torch.Tensor | None, what: str) -> None:
-    tolerance = TOLERANCE[actual.dtype]
+def _close(actual: torch.Tensor, expected: torch.Tensor, what: str, dtype: torch.dtype | None = None) -> None:
+    if not actual.is_floating_point():
+        assert torch.equal(actual, expected), what
+        return
+    tolerance = TOLERANCE[dtype or actual.dtype]
     torch.testing.assert_close(
         actual.double(), expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}: {text}"
     )

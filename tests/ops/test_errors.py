@@ -43,7 +43,31 @@ COMBINE = {
     "inverse is on meta": (Y, INVERSE.to("meta"), GATES),
     "gates is on meta": (Y, INVERSE, GATES.to("meta")),
 }
-CALLS = [("permute", text, given) for text, given in PERMUTE.items()]
+EXPERTS = torch.zeros(T, K, dtype=torch.int64)
+PLAN = {
+    "experts must have shape (T, K)": (EXPERTS[0],),
+    "experts must be of type int32, int64, but is int16": (EXPERTS.short(),),
+}
+LOGITS, MODALITY, ALLOWED = torch.randn(T, 3), torch.zeros(T, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
+ROUTE = {
+    "logits must have shape (T, E)": (LOGITS[0], MODALITY, ALLOWED),
+    "modality must have shape (T,)": (LOGITS, MODALITY[:, None], ALLOWED),
+    "allowed must have shape (M, E)": (LOGITS, MODALITY, ALLOWED[0]),
+    "logits must be of type float32, float64, bfloat16, but is float16": (LOGITS.half(), MODALITY, ALLOWED),
+    "modality must be of type int64, but is int32": (LOGITS, MODALITY.int(), ALLOWED),
+    "allowed must be of type bool, but is int64": (LOGITS, MODALITY, ALLOWED.long()),
+    "modality must have 4 entries along T": (LOGITS, MODALITY[:3], ALLOWED),
+    "allowed must have 3 entries along E": (LOGITS, MODALITY, ALLOWED[:, :2]),
+    "top_k must be 1 to 1": (LOGITS[:, :1], MODALITY, ALLOWED[:, :1]),
+    "bias must have shape (E,)": (LOGITS, MODALITY, ALLOWED, LOGITS),
+    "bias must have 3 entries along E": (LOGITS, MODALITY, ALLOWED, LOGITS[0, :2]),
+    "modality is on meta": (LOGITS, MODALITY.to("meta"), ALLOWED),
+    "allowed is on meta": (LOGITS, MODALITY, ALLOWED.to("meta")),
+}
+OPTIONS = {"plan": {"num_experts": 3}, "route_topk": {"top_k": 2, "kind": "softmax", "renormalise": False}}
+CALLS = [("plan", text, given) for text, given in PLAN.items()]
+CALLS += [("route_topk", text, given) for text, given in ROUTE.items()]
+CALLS += [("permute", text, given) for text, given in PERMUTE.items()]
 CALLS += [("combine", text, given) for text, given in COMBINE.items()]
 ON_CPU = [call for call in CALLS if "on meta" not in call[1]]  # a call with a meta tensor only computes shapes
 
@@ -51,7 +75,7 @@ ON_CPU = [call for call in CALLS if "on meta" not in call[1]]  # a call with a m
 @pytest.mark.parametrize(("op", "text", "given"), CALLS, ids=[f"{op}: {text}" for op, text, _ in CALLS])
 def test_shape_type_and_device(op: str, text: str, given: tuple[torch.Tensor, ...]) -> None:
     with pytest.raises(KernelError) as error:
-        getattr(ops, op)(*given)
+        getattr(ops, op)(*given, **OPTIONS.get(op, {}))
     assert text in str(error.value) and str(error.value).startswith(f"{op}: ")
 
 
@@ -59,7 +83,7 @@ def test_shape_type_and_device(op: str, text: str, given: tuple[torch.Tensor, ..
 @pytest.mark.parametrize(("op", "text", "given"), ON_CPU, ids=[f"{op}: {text}" for op, text, _ in ON_CPU])
 def test_direct_calls_are_refused_too(op: str, text: str, given: tuple[torch.Tensor, ...]) -> None:
     with pytest.raises(RuntimeError):
-        getattr(torch.ops.moemm, op)(*given)
+        getattr(torch.ops.moemm, op)(*given, **OPTIONS.get(op, {}))
 
 
 @pytest.mark.parametrize("value", [-(2**31), -3, -2, T * K, T * K + 1, 2**31 - 1])
@@ -94,3 +118,28 @@ def test_a_row_named_twice_is_refused_in_the_backward_pass() -> None:
     out_TD = ops.combine(Y.clone().requires_grad_(), inverse_TK, GATES)
     with pytest.raises(IndexError, match="inverse names row 0 twice"):
         out_TD.sum().backward()
+
+
+@pytest.mark.parametrize("value", [-(2**31), -2, 3, 2**31 - 1])
+def test_expert_id_or_modality_out_of_range(value: int) -> None:
+    experts_TK, modality_T = EXPERTS.clone(), MODALITY.clone()
+    experts_TK[1, 1] = modality_T[2] = value
+    with pytest.raises(IndexError):
+        ops.plan(experts_TK, num_experts=3)
+    with pytest.raises(IndexError):
+        ops.route_topk(LOGITS, modality_T, ALLOWED, top_k=1)
+
+
+def test_plan_and_router_without_experts() -> None:
+    with pytest.raises(KernelError, match="num_experts must be at least 1, but is 0"):
+        ops.plan(EXPERTS, num_experts=0)
+    with pytest.raises(KernelError, match="kind must be softmax or sigmoid, but is argmax"):
+        ops.route_topk(LOGITS, MODALITY, ALLOWED, top_k=1, kind="argmax")  # type: ignore[arg-type]
+
+
+def test_a_token_without_an_allowed_expert_is_an_error() -> None:
+    allowed_ME = ALLOWED.clone()
+    allowed_ME[1] = False
+    ops.route_topk(LOGITS, MODALITY, allowed_ME, top_k=2)
+    with pytest.raises(ValueError, match="allowed has no expert"):
+        ops.route_topk(LOGITS, MODALITY + 1, allowed_ME, top_k=2)

@@ -7,7 +7,8 @@ import torch
 
 from moemm import ops
 from moemm.ops import backend_info
-from moemm.testing.op_cases import MAKERS, SHAPES, OpCase, op_cases
+from moemm.ops.route_topk import Kind
+from moemm.testing.op_cases import MAKERS, SHAPES, OpCase, op_cases, tensors_of
 
 CASES = list(op_cases())
 
@@ -26,7 +27,7 @@ def test_output_and_gradients_on_cuda(op: str) -> None:
 
 
 def test_every_public_op_has_cases() -> None:
-    assert set(MAKERS) == set(ops.__all__) - {"backend_info"}
+    assert set(MAKERS) == {name for name in ops.__all__ if name.islower()} - {"backend_info"}
     assert len(CASES) >= 500 * len(MAKERS)
 
 
@@ -39,9 +40,11 @@ def test_same_bits_twice_and_on_any_number_of_threads(op: str) -> None:
         for number in (1, 1, 2, 3):
             torch.set_num_threads(number)
             arguments = case.arguments()
-            out = getattr(ops, op)(*arguments)
-            out.sin().sum().backward()
-            results.append([out, *(one.grad for one in arguments if one.requires_grad)])
+            outputs = tensors_of(getattr(ops, op)(*arguments, **case.options))
+            for out in (one for one in outputs if one.requires_grad):
+                out.sin().sum().backward(retain_graph=True)
+            grads = [one.grad for one in tensors_of(arguments) if one.grad is not None]
+            results.append([*outputs, *grads])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -63,3 +66,28 @@ def test_combine_undoes_permute() -> None:
         x_TD, order_R, inverse_TK = case.arguments()
         gates_TK = torch.full(inverse_TK.shape, 1 / inverse_TK.shape[1], dtype=torch.float64)
         torch.testing.assert_close(ops.combine(ops.permute(x_TD, order_R, inverse_TK), inverse_TK, gates_TK), x_TD)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_nan_logits_give_distinct_allowed_ids(kind: Kind) -> None:
+    logits_TE = torch.randn(6, 5)
+    logits_TE[0], logits_TE[1, 3], logits_TE[2, 0] = torch.nan, torch.nan, torch.inf
+    allowed_ME = torch.tensor([[True, True, False, True, True]])
+    routed = ops.route_topk(logits_TE, torch.zeros(6, dtype=torch.int64), allowed_ME, top_k=4, kind=kind)
+    assert routed.experts_TK.sort(1).values.tolist() == [[0, 1, 3, 4]] * 6
+
+
+def test_equal_logits_take_the_lower_id_first() -> None:
+    logits_TE = torch.zeros(3, 40)
+    logits_TE[1, 7] = 1.0
+    routed = ops.route_topk(logits_TE, torch.zeros(3, dtype=torch.int64), torch.ones(1, 40, dtype=torch.bool), top_k=3)
+    assert routed.experts_TK.tolist() == [[0, 1, 2], [7, 0, 1], [0, 1, 2]]
+
+
+def test_plan_is_a_stable_sort_and_its_inverse() -> None:
+    experts_TK = torch.randint(0, 5, (30_000, 2), generator=torch.Generator().manual_seed(0))
+    flat, plan = experts_TK.flatten(), ops.plan(experts_TK, num_experts=7)
+    assert torch.equal(plan.counts_E, torch.bincount(flat, minlength=7))
+    assert torch.equal(plan.offsets_E1.diff(), plan.counts_E)
+    assert torch.equal(plan.order_R, flat.argsort(stable=True))
+    assert torch.equal(plan.order_R[plan.inverse_TK.flatten()], torch.arange(60_000))

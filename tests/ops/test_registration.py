@@ -2,55 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moemm import ops
 from moemm.ops.backend import COMPILED
-from moemm.testing.op_cases import MAKERS, OpCase
+from moemm.testing.op_cases import MAKERS, OpCase, tensors_of
 
 needs_library = pytest.mark.skipif(not COMPILED, reason="moemm._C is not built")
 
 SHAPES = [(0, 8, 2, 4), (6, 5, 3, 4)]
+DIFFERENTIABLE = [op for op in MAKERS if op != "plan"]
 Tensors = tuple[torch.Tensor, ...]
 
 
-def arguments(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> Tensors:
-    return OpCase(op, shape, dtype, torch.int64, "dense", "dropped").arguments()
+def make_case(op: str, shape: tuple[int, int, int, int], plan: str = "dropped") -> OpCase:
+    return OpCase(op, shape, torch.float32, torch.int64, "dense", plan)
 
 
-def backward_arguments(op: str, shape: tuple[int, int, int, int]) -> Tensors:
-    first, *rest = arguments(op, shape)
-    out = getattr(ops, op)(first, *rest)
-    grad = torch.randn_like(out).requires_grad_()
-    return (grad, *rest) if op == "permute" else (grad, first, *rest)
+def arguments(op: str, shape: tuple[int, int, int, int]) -> Tensors:
+    return make_case(op, shape).arguments()
+
+
+def backward_call(op: str) -> tuple[Tensors, dict[str, object]]:
+    """Arguments and options of the op's backward op."""
+    case = make_case(op, SHAPES[1])
+    given = case.arguments()
+    outputs = tensors_of(getattr(ops, op)(*given, **case.options))
+    grads = [torch.randn_like(out) for out in outputs if out.requires_grad]
+    if op == "route_topk":
+        kept = {name: value for name, value in case.options.items() if name != "top_k"}
+        return (*grads, *(one.detach() for one in given[:3]), outputs[1]), kept
+    grad = grads[0].requires_grad_()
+    return ((grad, *given[1:]) if op == "permute" else (grad, *given)), {}
 
 
 @needs_library
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", MAKERS)
 def test_opcheck(op: str, shape: tuple[int, int, int, int]) -> None:
-    results = torch.library.opcheck(getattr(torch.ops.moemm, op).default, arguments(op, shape))
+    case = make_case(op, shape)
+    results = torch.library.opcheck(getattr(torch.ops.moemm, op).default, case.arguments(), case.options)
     assert list(results.values()) == ["SUCCESS"] * 4
 
 
 @needs_library
-@pytest.mark.parametrize("op", MAKERS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_opcheck_of_the_backward_op(op: str) -> None:
     overload = getattr(torch.ops.moemm, f"{op}_backward").default
-    assert list(torch.library.opcheck(overload, backward_arguments(op, SHAPES[1])).values()) == ["SUCCESS"] * 4
+    assert list(torch.library.opcheck(overload, *backward_call(op)).values()) == ["SUCCESS"] * 4
 
 
 @pytest.mark.parametrize("plan", ["full", "dropped", "padded"])
-@pytest.mark.parametrize("op", MAKERS)
-def test_gradcheck_to_the_second_order(op: str, plan: str) -> None:
-    case = OpCase(op, (4, 3, 2, 3), torch.float64, torch.int64, "dense", plan)
-    function: Callable[..., torch.Tensor] = getattr(ops, op)
-    assert torch.autograd.gradcheck(function, case.arguments())
-    assert torch.autograd.gradgradcheck(function, case.arguments())
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradcheck(op: str, plan: str) -> None:
+    """Of both kinds of router; permute and combine to the second order."""
+    for index in (torch.int64, torch.int32):
+        case = OpCase(op, (4, 3, 2, 3), torch.float64, index, "dense", plan)
+        given = case.arguments()
+
+        def function(*tensors: torch.Tensor, case: OpCase = case) -> list[torch.Tensor]:
+            outputs = tensors_of(getattr(ops, case.op)(*tensors, **case.options))
+            return [out for out in outputs if out.requires_grad]
+
+        assert torch.autograd.gradcheck(function, given)
+        if op in ("permute", "combine"):
+            assert torch.autograd.gradgradcheck(function, given)
 
 
 def dispatch(

@@ -3,6 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+#include <string_view>
+#include <tuple>
+
 #include "moemm/types.h"
 
 #define MOEMM_CHECK_RANK(tensor, rank, shape)                                                                    \
@@ -98,6 +102,57 @@ inline void check_combine_backward(const char* op, const at::Tensor& grad, const
   MOEMM_CHECK_SIZE(grad, 1, y.size(1), "D of y");
   check_same_type(op, "grad", grad, y);
   check_device(op, "grad", grad, y);
+}
+
+inline void check_experts(const char* op, const at::Tensor& experts, int64_t num_experts) {
+  MOEMM_CHECK_RANK(experts, 2, "(T, K)");
+  check_index(op, "experts", experts);
+  TORCH_CHECK(num_experts >= 1, op, ": num_experts must be at least 1, but is ", num_experts);
+}
+
+// gates, experts, load, prob, z, tokens
+using RouteOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+inline void check_kind(const char* op, std::string_view kind) {
+  TORCH_CHECK(kind == "softmax" || kind == "sigmoid", op, ": kind must be softmax or sigmoid, but is ", kind);
+}
+
+inline void check_route(const char* op, const at::Tensor& logits, const at::Tensor& modality, const at::Tensor& allowed,
+                        const std::optional<at::Tensor>& bias, int64_t top_k, std::string_view kind) {
+  MOEMM_CHECK_RANK(logits, 2, "(T, E)");
+  MOEMM_CHECK_RANK(modality, 1, "(T,)");
+  MOEMM_CHECK_RANK(allowed, 2, "(M, E)");
+  check_floating(op, "logits", logits);
+  TORCH_CHECK(modality.scalar_type() == at::kLong, op, ": modality must be int64, but is ", modality.scalar_type());
+  TORCH_CHECK(allowed.scalar_type() == at::kBool, op, ": allowed must be bool, but is ", allowed.scalar_type());
+  MOEMM_CHECK_SIZE(modality, 0, logits.size(0), "T of logits");
+  MOEMM_CHECK_SIZE(allowed, 1, logits.size(1), "E of logits");
+  check_device(op, "modality", modality, logits);
+  check_device(op, "allowed", allowed, logits);
+  TORCH_CHECK(top_k >= 1 && top_k <= logits.size(1), op, ": top_k must be 1 to ", logits.size(1), " (E), but is ",
+              top_k);
+  check_kind(op, kind);
+  if (bias) {
+    MOEMM_CHECK_RANK(*bias, 1, "(E,)");
+    MOEMM_CHECK_SIZE(*bias, 0, logits.size(1), "E of logits");
+    check_floating(op, "bias", *bias);
+    check_device(op, "bias", *bias, logits);
+  }
+}
+
+inline void check_route_backward(const char* op, const at::Tensor& dgates, const at::Tensor& dprob,
+                                 const at::Tensor& dz, const at::Tensor& logits, const at::Tensor& modality,
+                                 const at::Tensor& allowed, const at::Tensor& experts, std::string_view kind) {
+  MOEMM_CHECK_RANK(experts, 2, "(T, K)");
+  check_route(op, logits, modality, allowed, std::nullopt, experts.size(1), kind);
+  TORCH_CHECK(experts.scalar_type() == at::kLong, op, ": experts must be int64, but is ", experts.scalar_type());
+  MOEMM_CHECK_SIZE(experts, 0, logits.size(0), "T of logits");
+  const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK(dgates.scalar_type() == wide && dprob.scalar_type() == wide && dz.scalar_type() == wide, op,
+              ": gradients must be ", wide);
+  TORCH_CHECK(dgates.sizes() == experts.sizes() && dprob.sizes() == allowed.sizes() && dz.dim() == 1 &&
+                  dz.size(0) == allowed.size(0),
+              op, ": gradients must have the shapes of the outputs");
 }
 
 }  // namespace moemm

@@ -7,7 +7,17 @@ import torch
 
 from moemm.config.schema import ExpertsConfig
 from moemm.errors import ConfigError
-from moemm.moe import ROUTERS, ExpertMap, ExpertShape, FeedForward, MoELayer, Plan, Router, router_loss
+from moemm.moe import (
+    ROUTERS,
+    ExpertMap,
+    ExpertShape,
+    FeedForward,
+    MoELayer,
+    Router,
+    Routing,
+    register_router,
+    router_loss,
+)
 
 DIM, NAMES = 12, ("image", "audio", "text")
 
@@ -103,11 +113,30 @@ def test_forbidden_experts_are_masked_before_the_softmax() -> None:
     router = Router(DIM, ["a", "b", "c"], allowed, top_k=2)
     x_TD = torch.randn(50, DIM)
     modality_T = torch.randint(0, 2, (50,))
-    routing, _ = router(x_TD, modality_T)
-    allowed_TE = allowed[modality_T]
-    assert not routing.prob_TE[~allowed_TE].any()
-    torch.testing.assert_close(routing.prob_TE.sum(1), torch.ones(50))
-    assert allowed_TE.gather(1, routing.experts_TK).all()
+    routed = router(x_TD, modality_T)
+    assert not routed.prob_ME[~allowed].any() and not routed.load_ME[~allowed].any()
+    torch.testing.assert_close(routed.prob_ME.sum(1), routed.tokens_M)
+    assert allowed[modality_T].gather(1, routed.experts_TK).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_router_of_ones_own_gets_mask_and_statistics(monkeypatch: pytest.MonkeyPatch, top_k: int) -> None:
+    monkeypatch.setattr("moemm.moe.router.ROUTERS", dict(ROUTERS))
+
+    @register_router("plain")
+    def plain(logits_TE: torch.Tensor, *, top_k: int) -> Routing:
+        prob_TE = logits_TE.softmax(-1)
+        return Routing(*prob_TE.topk(top_k), prob_TE)
+
+    allowed = torch.tensor([[True, False, True], [True, True, False]])
+    own, builtin = (Router(DIM, ["a", "b", "c"], allowed, top_k=top_k, kind=kind) for kind in ("plain", "softmax"))
+    own.load_state_dict(builtin.state_dict())
+    modality_T = torch.randint(0, 2, (50,))
+    x_TD = torch.randn(50, DIM)
+    for given, wanted in zip(own(x_TD, modality_T), builtin(x_TD, modality_T), strict=True):
+        torch.testing.assert_close(given, wanted)
+    with pytest.raises(ConfigError, match="registered twice"):
+        register_router("plain")(plain)
 
 
 def test_top_k_above_the_allowed_experts_is_refused() -> None:
@@ -122,21 +151,10 @@ def test_a_group_with_an_unknown_modality_is_refused() -> None:
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_every_router_breaks_ties_the_same_way_and_takes_no_tokens(name: str) -> None:
-    same = torch.zeros(5, 4)
-    first, second = (ROUTERS[name](same, top_k=2) for _ in range(2))
+    given = torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64), torch.ones(1, 4, dtype=torch.bool)
+    first, second = (ROUTERS[name](*given, top_k=2) for _ in range(2))
     assert torch.equal(first.experts_TK, second.experts_TK) and len(set(first.experts_TK[0].tolist())) == 2
-    assert ROUTERS[name](same[:0], top_k=2).gates_TK.shape == (0, 2)
-
-
-def test_plan_is_a_stable_sort_and_its_inverse() -> None:
-    experts_TK = torch.randint(0, 5, (30, 2), generator=torch.Generator().manual_seed(0))
-    plan = Plan.from_experts(experts_TK, num_experts=7)
-    flat = experts_TK.flatten()
-    assert plan.counts == [int((flat == e).sum()) for e in range(7)]
-    assert (flat[plan.order_R].diff() >= 0).all()
-    for expert in range(5):
-        assert (plan.order_R[flat[plan.order_R] == expert].diff() > 0).all(), "stable"
-    assert torch.equal(plan.order_R[plan.inverse_TK.flatten()], torch.arange(60))
+    assert ROUTERS[name](given[0][:0], given[1][:0], given[2], top_k=2).gates_TK.shape == (0, 2)
 
 
 def test_balance_is_one_when_uniform_and_sees_a_collapse_that_pooling_hides() -> None:

@@ -1,0 +1,27 @@
+// plan: where each slot of each token goes, so that the rows of each expert lie together.
+#include "plan.h"
+
+#include <torch/library.h>
+
+#include <tuple>
+
+namespace moemm::cpu {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan(const at::Tensor& experts, int64_t num_experts) {
+  constexpr const char* op = "moemm::plan";
+  check_experts(op, experts, num_experts);
+  Plan made;
+  dispatch_index(experts, [&]<typename index_t>(std::type_identity<index_t>) {
+    made = make_plan<index_t>(op, experts, num_experts, 1, experts.numel());
+  });
+  return {made.counts, made.offsets, made.order, made.inverse};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moemm, CPU, m) {
+  m.impl("plan", &plan);
+}
+
+}  // namespace moemm::cpu
