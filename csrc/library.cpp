@@ -14,4 +14,16 @@ TORCH_LIBRARY(moemm, m) {
   m.def("permute_backward(Tensor grad, Tensor order, Tensor inverse) -> Tensor");
   m.def("combine(Tensor y, Tensor inverse, Tensor gates) -> Tensor");
   m.def("combine_backward(Tensor grad, Tensor y, Tensor inverse, Tensor gates) -> (Tensor, Tensor)");
+  m.def(
+      "grouped_mlp(Tensor x, Tensor offsets, Tensor[] w1, Tensor[] w2, Tensor[] b1, Tensor[] b2, *, str activation, "
+      "bool recompute) -> (Tensor y, Tensor z)");
+  m.def(
+      "grouped_mlp_backward(Tensor grad, Tensor z, Tensor x, Tensor offsets, Tensor[] w1, Tensor[] w2, Tensor[] b1, "
+      "Tensor[] b2, *, str activation) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "moe_ffn(Tensor x, Tensor gates, Tensor experts, Tensor[] w1, Tensor[] w2, Tensor[] b1, Tensor[] b2, *, "
+      "str activation, bool recompute) -> (Tensor out, Tensor z)");
+  m.def(
+      "moe_ffn_backward(Tensor grad, Tensor z, Tensor x, Tensor gates, Tensor experts, Tensor[] w1, Tensor[] w2, "
+      "Tensor[] b1, Tensor[] b2, *, str activation) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor[])");
 }

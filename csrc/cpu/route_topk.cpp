@@ -272,13 +272,6 @@ void backward(const char* op, const Inputs& in, const Options& options, const at
   });
 }
 
-template <typename Body>
-void dispatch_values(const at::Tensor& values, Body&& body) {
-  if (values.scalar_type() == at::kFloat) return body(std::type_identity<float>{});
-  if (values.scalar_type() == at::kDouble) return body(std::type_identity<double>{});
-  return body(std::type_identity<c10::BFloat16>{});
-}
-
 RouteOutputs route_topk(const at::Tensor& logits, const at::Tensor& modality, const at::Tensor& allowed,
                         const std::optional<at::Tensor>& bias, int64_t top_k, c10::string_view kind, bool renormalise) {
   constexpr const char* op = "moemm::route_topk";

@@ -16,6 +16,7 @@
 #define MOEMM_SIMD
 #endif
 #define MOEMM_INLINE inline __attribute__((always_inline))
+#define MOEMM_STEP __attribute__((always_inline))  // for lambdas
 
 namespace moemm::cpu {
 

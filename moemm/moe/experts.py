@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-def relu2(x: torch.Tensor) -> torch.Tensor:
-    """Squared ReLU (Primer, arXiv:2109.08668)."""
-    return F.relu(x).square()
-
-
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """SiLU of the first half times the second (arXiv:2002.05202): (N, 2F) -> (N, F)."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu2": relu2, "swiglu": swiglu}
+from moemm.ops.reference import ACTIVATIONS
 
 
 class FeedForward(nn.Module):

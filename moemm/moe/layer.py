@@ -15,6 +15,7 @@ from moemm.moe.expert_map import ExpertMap
 from moemm.moe.experts import FeedForward
 from moemm.moe.router import Router
 from moemm.moe.stats import RouterStats
+from moemm.ops.grouped_mlp import Activation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,7 @@ class ExpertShape:
     """What all experts of a trunk have in common."""
 
     dim: int
-    activation: str
+    activation: Activation
     num_layers: int
     top_k: int
 
@@ -30,15 +31,18 @@ class ExpertShape:
 class MoELayer(nn.Module):
     """y = shared(x) + modality_expert(x) + sum over top-k of gate x routed_expert(x).
 
-    Every expert is called in the map's order, with zero rows where it has none, so that each rank's parameters get
-    their gradients in the same order (ZeRO-1 and 2 mix them up otherwise).
+    All dispatched experts run in one op, which gives each a gradient, zeros where it has no rows: each rank's
+    parameters get theirs in the same order (ZeRO-1 and 2 mix them up otherwise).
     """
 
     own_M: torch.Tensor | None
 
     def __init__(self, expert_map: ExpertMap, shape: ExpertShape):
         super().__init__()
-        self.map = expert_map
+        # The op reads the experts' weights past their modules' forward, where ZeRO-3 would gather them: it has to
+        # gather this layer's parameters together. DeepSpeed looks for this name (utils.set_z3_leaf_module sets it).
+        self._z3_leaf = True
+        self.map, self.activation = expert_map, shape.activation
         self.shared = nn.ModuleDict({e.id: _expert(e.width, shape) for e in expert_map.of_kind("shared")})
         dispatched = expert_map.of_kind("modality") + expert_map.of_kind("routed")
         self.experts = nn.ModuleDict({e.id: _expert(e.width, shape) for e in dispatched})
@@ -60,10 +64,9 @@ class MoELayer(nn.Module):
         if not self.experts:
             return out_TD, None
         gates_TK, experts_TK, stats = self._slots(x_TD, modality_T)
-        plan = ops.plan(experts_TK, num_experts=len(self.experts))
-        rows = ops.permute(x_TD, plan.order_R, plan.inverse_TK).split(plan.counts_E.tolist())
-        y_RD = torch.cat([expert(x) for expert, x in zip(self.experts.values(), rows, strict=True)])
-        return out_TD + ops.combine(y_RD, plan.inverse_TK, gates_TK), stats
+        weights = [[getattr(expert, name) for expert in self.experts.values()] for name in ("w1_FD", "w2_DF")]
+        wide_TD = ops.moe_ffn(x_TD, gates_TK, experts_TK, *weights, activation=self.activation)
+        return out_TD + wide_TD, stats
 
     def _slots(
         self, x_TD: torch.Tensor, modality_T: torch.Tensor

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moemm.errors import KernelError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 INDICES = (torch.int32, torch.int64)
+Tensors = Sequence[torch.Tensor]
 
 
 def rank(op: str, name: str, tensor: torch.Tensor, shape: str) -> None:
@@ -104,3 +107,51 @@ def route(
         dtype(op, "bias", bias_E, FLOATS)
         size(op, "bias", bias_E.shape[0], num_experts, "E (the columns of logits)")
         device(op, "bias", bias_E, logits_TE)
+
+
+def offsets(op: str, offsets_E1: torch.Tensor, num_experts: int, like: torch.Tensor) -> None:
+    """Offsets of grouped_mlp."""
+    rank(op, "offsets", offsets_E1, "(E + 1,)")
+    dtype(op, "offsets", offsets_E1, (torch.int64,))
+    size(op, "offsets", offsets_E1.shape[0], num_experts + 1, "E + 1 (one more than experts in w1)")
+    device(op, "offsets", offsets_E1, like)
+
+
+def slots(op: str, x_TD: torch.Tensor, gates_TK: torch.Tensor, experts_TK: torch.Tensor) -> None:
+    """Gates and experts of moe_ffn."""
+    rank(op, "gates", gates_TK, "(T, K)")
+    rank(op, "experts", experts_TK, "(T, K)")
+    dtype(op, "experts", experts_TK, INDICES)
+    dtype(op, "gates", gates_TK, (x_TD.dtype, torch.float32) if x_TD.dtype == torch.bfloat16 else (x_TD.dtype,))
+    size(op, "experts", experts_TK.shape[0], x_TD.shape[0], "T (the rows of x)")
+    size(op, "gates", gates_TK.shape[0], x_TD.shape[0], "T (the rows of x)")
+    size(op, "gates", gates_TK.shape[1], experts_TK.shape[1], "K (the columns of experts)")
+    device(op, "gates", gates_TK, x_TD)
+    device(op, "experts", experts_TK, x_TD)
+
+
+def mlp(op: str, x: torch.Tensor, w1: Tensors, w2: Tensors, b1: Tensors, b2: Tensors, activation: str) -> None:
+    """Rows and weights of grouped_mlp and moe_ffn."""
+    rank(op, "x", x, "(rows, D)")
+    dtype(op, "x", x, FLOATS)
+    if activation not in ("gelu", "relu2", "swiglu"):
+        raise KernelError(f"{op}: activation must be gelu, relu2 or swiglu, but is {activation}")
+    if not w1:
+        raise KernelError(f"{op}: w1 must hold one tensor an expert, but is empty")
+    for name, weights in (("w2", w2), ("b1", b1), ("b2", b2)):
+        if len(weights) != len(w1) and (weights or name == "w2"):
+            raise KernelError(f"{op}: {name} holds {len(weights)} tensors, but w1 holds {len(w1)}; one an expert")
+    for expert, matrix in enumerate(w2):
+        rank(op, f"w2 of expert {expert}", matrix, "(D, F)")
+        rows = matrix.shape[1] * (2 if activation == "swiglu" else 1)
+        wanted = {"w1": (rows, x.shape[1]), "w2": (x.shape[1], matrix.shape[1]), "b1": (rows,), "b2": (x.shape[1],)}
+        for name, weights in (("w1", w1), ("w2", w2), ("b1", b1), ("b2", b2)):
+            if weights:
+                _weight(op, f"{name} of expert {expert}", weights[expert], wanted[name], x)
+
+
+def _weight(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise KernelError(f"{op}: {name} must have shape {shape}, but has {tuple(tensor.shape)}")
+    dtype(op, name, tensor, (like.dtype,))
+    device(op, name, tensor, like)

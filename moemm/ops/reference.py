@@ -1,12 +1,17 @@
 """The ops in plain PyTorch: what tests hold the compiled ones against, and what runs where those are not built.
 
-T tokens, D width, K slots a token, R rows. Indices are checked by index_select: each function shifts them by one, onto
-a table whose first row is zeros, so that -1 (none) reads zeros and anything else out of range is an IndexError.
+T tokens, D width, K slots a token, R rows, E experts, F hidden width. Indices are checked by index_select: permute and
+combine shift them by one, onto a table whose first row is zeros, so that -1 (none) reads zeros and anything else out of
+range is an IndexError.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
+
 import torch
+from torch.nn import functional as F
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -70,6 +75,56 @@ def combine(y_RD: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: torch.Tensor
     rows_TKD = _take(y_RD, inverse_TK.flatten()).view(*inverse_TK.shape, y_RD.shape[1])
     gates_TK = gates_TK.masked_fill(inverse_TK < 0, 0.0)
     return (rows_TKD.to(exact) * gates_TK.to(exact).unsqueeze(-1)).sum(dim=1).to(y_RD.dtype)
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    """Squared ReLU (Primer, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU of the first half times the second (arXiv:2002.05202): (N, 2F) -> (N, F)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu2": relu2, "swiglu": swiglu}
+
+
+def grouped_mlp(
+    x_RD: torch.Tensor,
+    offsets_E1: torch.Tensor,
+    w1: Sequence[torch.Tensor],
+    w2: Sequence[torch.Tensor],
+    b1: Sequence[torch.Tensor] = (),
+    b2: Sequence[torch.Tensor] = (),
+    *,
+    activation: str,
+    recompute: bool = False,
+) -> torch.Tensor:
+    """A loop over experts: (R, D) -> (R, D); see moemm.ops.grouped_mlp. `recompute` changes no value."""
+    bounds = offsets_E1.tolist()
+    if bounds[0] != 0 or bounds[-1] > x_RD.shape[0] or sorted(bounds) != bounds:
+        raise IndexError(f"grouped_mlp: offsets must rise from 0 to at most {x_RD.shape[0]}, but are {bounds}")
+    parts = []
+    for e, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        z = F.linear(x_RD[begin:end], w1[e], b1[e] if b1 else None)
+        parts.append(F.linear(ACTIVATIONS[activation](z), w2[e], b2[e] if b2 else None))
+    return torch.cat([*parts, torch.zeros_like(x_RD[bounds[-1] :])])
+
+
+def moe_ffn(
+    x_TD: torch.Tensor,
+    gates_TK: torch.Tensor,
+    experts_TK: torch.Tensor,
+    *weights: Sequence[torch.Tensor],
+    activation: str,
+    recompute: bool = False,
+) -> torch.Tensor:
+    """plan, permute, grouped_mlp and combine, one after another; see moemm.ops.moe_ffn."""
+    _, offsets_E1, order_R, inverse_TK = plan(experts_TK, num_experts=len(weights[0]))
+    y_RD = grouped_mlp(permute(x_TD, order_R, inverse_TK), offsets_E1, *weights, activation=activation)
+    return combine(y_RD, inverse_TK, gates_TK)
 
 
 def _take(table_ND: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:

@@ -64,9 +64,38 @@ ROUTE = {
     "modality is on meta": (LOGITS, MODALITY.to("meta"), ALLOWED),
     "allowed is on meta": (LOGITS, MODALITY, ALLOWED.to("meta")),
 }
+W1, W2 = [torch.randn(10, D)] * 3, [torch.randn(D, 5)] * 3
+B1, B2 = [torch.randn(10)] * 3, [torch.randn(D)] * 3
+OFFSETS = torch.tensor([0, 3, 3, 8])
+MLP = {
+    "x must have shape (rows, D)": (Y[0], OFFSETS, W1, W2, [], []),
+    "x must be of type": (Y.half(), OFFSETS, W1, W2, [], []),
+    "offsets must have shape (E + 1,)": (Y, OFFSETS[None], W1, W2, [], []),
+    "offsets must be of type int64": (Y, OFFSETS.int(), W1, W2, [], []),
+    "offsets must have 4 entries": (Y, OFFSETS[:3], W1, W2, [], []),
+    "w1 must hold one tensor an expert": (Y, OFFSETS, [], [], [], []),
+    "w2 holds 2 tensors, but w1 holds 3": (Y, OFFSETS, W1, W2[:2], [], []),
+    "b1 holds 1 tensors": (Y, OFFSETS, W1, W2, B1[:1], []),
+    "w1 of expert 0 must have shape (10, 6), but has (5, 6)": (Y, OFFSETS, [W1[0][:5]] * 3, W2, [], []),
+    "w2 of expert 1 must have shape (6, 5)": (Y, OFFSETS, W1, [W2[0], W2[0][:4], W2[0]], [], []),
+    "b2 of expert 0 must have shape (6,)": (Y, OFFSETS, W1, W2, B1, B1),
+    "w1 of expert 2 must be of type float32, but is float64": (Y, OFFSETS, [*W1[:2], W1[0].double()], W2, [], []),
+    "offsets is on meta": (Y, OFFSETS.to("meta"), W1, W2, [], []),
+}
+FFN = {
+    "gates must have shape (T, K)": (X, GATES[0], EXPERTS, W1, W2, [], []),
+    "experts must be of type int32, int64, but is int16": (X, GATES, EXPERTS.short(), W1, W2, [], []),
+    "experts must have 4 entries along T": (X, GATES, EXPERTS[:3], W1, W2, [], []),
+    "gates must have 2 entries along K": (X, GATES[:, :1], EXPERTS, W1, W2, [], []),
+    "w1 of expert 0 must have shape": (X[:, :5], GATES, EXPERTS, W1, W2, [], []),
+    "gates is on meta": (X, GATES.to("meta"), EXPERTS, W1, W2, [], []),
+}
 OPTIONS = {"plan": {"num_experts": 3}, "route_topk": {"top_k": 2, "kind": "softmax", "renormalise": False}}
+OPTIONS |= {op: {"activation": "swiglu", "recompute": False} for op in ("grouped_mlp", "moe_ffn")}
 CALLS = [("plan", text, given) for text, given in PLAN.items()]
 CALLS += [("route_topk", text, given) for text, given in ROUTE.items()]
+CALLS += [("grouped_mlp", text, given) for text, given in MLP.items()]
+CALLS += [("moe_ffn", text, given) for text, given in FFN.items()]
 CALLS += [("permute", text, given) for text, given in PERMUTE.items()]
 CALLS += [("combine", text, given) for text, given in COMBINE.items()]
 ON_CPU = [call for call in CALLS if "on meta" not in call[1]]  # a call with a meta tensor only computes shapes
@@ -143,3 +172,22 @@ def test_a_token_without_an_allowed_expert_is_an_error() -> None:
     ops.route_topk(LOGITS, MODALITY, allowed_ME, top_k=2)
     with pytest.raises(ValueError, match="allowed has no expert"):
         ops.route_topk(LOGITS, MODALITY + 1, allowed_ME, top_k=2)
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(KernelError, match="activation must be gelu, relu2 or swiglu, but is tanh"):
+        ops.moe_ffn(X, GATES, EXPERTS, W1, W2, activation="tanh")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("offsets", [[1, 3, 3, 8], [0, 3, 3, 9], [0, 5, 3, 8], [0, -1, 3, 8], [0, 2**40, 3, 8]])
+def test_offsets_out_of_range(offsets: list[int]) -> None:
+    with pytest.raises(IndexError):
+        ops.grouped_mlp(Y, torch.tensor(offsets), W1, W2, activation="swiglu")
+
+
+@pytest.mark.parametrize("value", [-2, 3, 2**40])
+def test_expert_id_of_the_layer_out_of_range(value: int) -> None:
+    experts_TK = EXPERTS.clone()
+    experts_TK[2, 1] = value
+    with pytest.raises(IndexError):
+        ops.moe_ffn(X, GATES, experts_TK, W1, W2, activation="swiglu")

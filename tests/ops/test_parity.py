@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moemm import ops
-from moemm.ops import backend_info
+from moemm.ops import backend_info, reference
+from moemm.ops.grouped_mlp import can_group, grouped_products
 from moemm.ops.route_topk import Kind
 from moemm.testing.op_cases import MAKERS, SHAPES, OpCase, op_cases, tensors_of
 
@@ -91,3 +92,20 @@ def test_plan_is_a_stable_sort_and_its_inverse() -> None:
     assert torch.equal(plan.offsets_E1.diff(), plan.counts_E)
     assert torch.equal(plan.order_R, flat.argsort(stable=True))
     assert torch.equal(plan.order_R[plan.inverse_TK.flatten()], torch.arange(60_000))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_torch_grouped_products_equal_the_loop(dropped: bool) -> None:
+    """What CUDA runs where weights allow, tried on the CPU."""
+    case = OpCase("grouped_mlp", (33, 16, 2, 4), torch.bfloat16, torch.int64, "dense", "dropped" if dropped else "full")
+    generator = torch.Generator().manual_seed(0)
+    w1, w2 = ([torch.randn(shape, generator=generator).bfloat16() for _ in range(4)] for shape in ((48, 16), (16, 24)))
+    assert can_group(w1, w2, [], []) and not can_group(w1, w2, [w1[0][:, 0]] * 4, [])
+    results = []
+    for function in (grouped_products, reference.grouped_mlp):
+        x_RD, offsets_E1, *_ = case.arguments()
+        y_RD = function(x_RD, offsets_E1, w1, w2, activation="swiglu")
+        y_RD.float().square().sum().backward()
+        results.append((y_RD, x_RD.grad))
+    for given, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(given, wanted, atol=0.05 * wanted.abs().max().item(), rtol=0.05)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moemm import ops
 from moemm.ops.backend import COMPILED
-from moemm.testing.op_cases import MAKERS, OpCase, tensors_of
+from moemm.testing.op_cases import MAKERS, NETWORKS, OpCase, tensors_of
 
 needs_library = pytest.mark.skipif(not COMPILED, reason="moemm._C is not built")
 
@@ -31,6 +33,10 @@ def backward_call(op: str) -> tuple[Tensors, dict[str, object]]:
     given = case.arguments()
     outputs = tensors_of(getattr(ops, op)(*given, **case.options))
     grads = [torch.randn_like(out) for out in outputs if out.requires_grad]
+    if op in NETWORKS:
+        _, hidden = getattr(torch.ops.moemm, op)(*given, **case.options)
+        plain = [[one.detach() for one in part] if isinstance(part, list) else part.detach() for part in given]
+        return (*grads, hidden.detach(), *plain), {"activation": case.options["activation"]}
     if op == "route_topk":
         kept = {name: value for name, value in case.options.items() if name != "top_k"}
         return (*grads, *(one.detach() for one in given[:3]), outputs[1]), kept
@@ -57,18 +63,21 @@ def test_opcheck_of_the_backward_op(op: str) -> None:
 @pytest.mark.parametrize("plan", ["full", "dropped", "padded"])
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradcheck(op: str, plan: str) -> None:
-    """Of both kinds of router; permute and combine to the second order."""
+    """Of both kinds of router, with biases and without; permute and combine to the second order."""
     for index in (torch.int64, torch.int32):
         case = OpCase(op, (4, 3, 2, 3), torch.float64, index, "dense", plan)
         given = case.arguments()
 
-        def function(*tensors: torch.Tensor, case: OpCase = case) -> list[torch.Tensor]:
-            outputs = tensors_of(getattr(ops, case.op)(*tensors, **case.options))
+        flat, layout = torch.utils._pytree.tree_flatten(given)
+
+        def function(*tensors: torch.Tensor, case: OpCase = case, layout: Any = layout) -> list[torch.Tensor]:
+            arguments = torch.utils._pytree.tree_unflatten(tensors, layout)
+            outputs = tensors_of(getattr(ops, case.op)(*arguments, **case.options))
             return [out for out in outputs if out.requires_grad]
 
-        assert torch.autograd.gradcheck(function, given)
+        assert torch.autograd.gradcheck(function, flat)
         if op in ("permute", "combine"):
-            assert torch.autograd.gradgradcheck(function, given)
+            assert torch.autograd.gradgradcheck(function, flat)
 
 
 def dispatch(
@@ -106,5 +115,11 @@ def test_shapes_beyond_two_to_the_31_elements() -> None:
         order_R = torch.empty(tokens * slots, dtype=torch.int64)
         x_RD = ops.permute(torch.empty(tokens, width), order_R, order_R.view(tokens, slots))
         out_TD = ops.combine(x_RD, order_R.view(tokens, slots), torch.empty(tokens, slots))
+        experts_TK, w1, w2 = order_R.view(tokens, slots), torch.empty(64, width), torch.empty(width, 64)
+        made = ops.plan(experts_TK, num_experts=2**10)
+        ffn_TD = ops.moe_ffn(out_TD, torch.empty(tokens, slots), experts_TK, [w1], [w2], activation="gelu")
+        routed = ops.route_topk(out_TD, order_R[:tokens], torch.empty(9, width, dtype=torch.bool), top_k=2)
     assert x_RD.shape == (tokens * slots, width)
+    assert made.order_R.shape == (tokens * slots,) and routed.gates_TK.shape == (tokens, 2)
+    assert ffn_TD.shape == (tokens, width)
     assert out_TD.shape == (tokens, width)

@@ -155,4 +155,40 @@ inline void check_route_backward(const char* op, const at::Tensor& dgates, const
               op, ": gradients must have the shapes of the outputs");
 }
 
+inline void check_grouped_mlp(const char* op, const at::Tensor& x, const at::Tensor& offsets, size_t num_experts) {
+  MOEMM_CHECK_RANK(x, 2, "(R, D)");
+  MOEMM_CHECK_RANK(offsets, 1, "(E + 1,)");
+  check_floating(op, "x", x);
+  TORCH_CHECK(offsets.scalar_type() == at::kLong, op, ": offsets must be int64, but is ", offsets.scalar_type());
+  MOEMM_CHECK_SIZE(offsets, 0, static_cast<int64_t>(num_experts) + 1, "one more than experts");
+  check_device(op, "offsets", offsets, x);
+}
+
+inline void check_moe_ffn(const char* op, const at::Tensor& x, const at::Tensor& gates, const at::Tensor& experts,
+                          size_t num_experts) {
+  MOEMM_CHECK_RANK(x, 2, "(T, D)");
+  check_floating(op, "x", x);
+  check_experts(op, experts, static_cast<int64_t>(num_experts));
+  MOEMM_CHECK_SIZE(experts, 0, x.size(0), "T of x");
+  TORCH_CHECK(gates.sizes() == experts.sizes(), op, ": gates must have shape ", experts.sizes(),
+              " like experts, but has ", gates.sizes());
+  check_floating(op, "gates", gates);
+  check_device(op, "gates", gates, x);
+  check_device(op, "experts", experts, x);
+}
+
+inline void check_gradient(const char* op, const at::Tensor& grad, const at::Tensor& like) {
+  TORCH_CHECK(grad.sizes() == like.sizes(), op, ": grad must have shape ", like.sizes(), ", but has ", grad.sizes());
+  check_same_type(op, "grad", grad, like);
+  check_device(op, "grad", grad, like);
+}
+
+// z, kept from the forward pass, is empty or has the shape that the forward pass gave it.
+inline void check_hidden(const char* op, const at::Tensor& z, at::IntArrayRef shape, const at::Tensor& like) {
+  check_same_type(op, "z", z, like);
+  check_device(op, "z", z, like);
+  TORCH_CHECK(z.dim() == 2 && z.is_contiguous() && (z.size(0) == 0 || z.sizes() == shape), op,
+              ": z must be what the forward pass returned");
+}
+
 }  // namespace moemm

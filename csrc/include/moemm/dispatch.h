@@ -21,14 +21,18 @@ void dispatch_index(const at::Tensor& tensor, Body&& body) {
   return body(std::type_identity<int64_t>{});
 }
 
+// The element type of `values`; check_floating comes first.
+template <typename Body>
+void dispatch_values(const at::Tensor& values, Body&& body) {
+  if (values.scalar_type() == at::kFloat) return body(std::type_identity<float>{});
+  if (values.scalar_type() == at::kDouble) return body(std::type_identity<double>{});
+  return body(std::type_identity<c10::BFloat16>{});
+}
+
 // Both the element type of `values` and the index type of `indices`; check_floating and check_index come first.
 template <typename Body>
 void dispatch(const at::Tensor& values, const at::Tensor& indices, Body&& body) {
-  dispatch_index(indices, [&](auto index) {
-    if (values.scalar_type() == at::kFloat) return body(std::type_identity<float>{}, index);
-    if (values.scalar_type() == at::kDouble) return body(std::type_identity<double>{}, index);
-    return body(std::type_identity<c10::BFloat16>{}, index);
-  });
+  dispatch_index(indices, [&](auto index) { dispatch_values(values, [&](auto value) { body(value, index); }); });
 }
 
 }  // namespace moemm

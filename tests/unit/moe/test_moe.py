@@ -219,3 +219,31 @@ def test_swiglu_is_silu_of_one_half_times_the_other() -> None:
     x = torch.randn(5, 4, dtype=torch.float64)
     gate, up = (x @ network.w1_FD[half].T for half in (slice(0, 3), slice(3, 6)))
     torch.testing.assert_close(network(x), (gate * gate.sigmoid() * up) @ network.w2_DF.T)
+
+
+class Output(torch.nn.Module):
+    """A layer without its statistics: export wants plain tensors."""
+
+    def __init__(self, layer: MoELayer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_TD: torch.Tensor, modality_T: torch.Tensor) -> torch.Tensor:
+        return self.layer(x_TD, modality_T)[0]
+
+
+def test_a_whole_layer_compiles_as_one_graph_and_exports() -> None:
+    layer = make_layer("swiglu", top_k=2)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (7, 20):
+        given = tokens(count)
+        grads = []
+        for function in (layer, compiled):
+            layer.zero_grad()
+            out_TD, stats = function(*given)
+            (out_TD.square().sum() + stats.z_LM.sum() + stats.prob_LME.square().sum()).backward()
+            grads.append([out_TD.detach(), *(p.grad.clone() for p in layer.parameters())])
+        for plain, other in zip(*grads, strict=True):
+            torch.testing.assert_close(plain, other)
+    exported = torch.export.export(Output(layer), given).module()
+    torch.testing.assert_close(exported(*given), layer(*given)[0])

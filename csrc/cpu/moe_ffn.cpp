@@ -1,0 +1,111 @@
+// moe_ffn: plan, gather, the experts' networks and the gated sum as one call.
+// T tokens, D width, K slots a token, E experts, R rows of the plan, each expert's aligned.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "experts.h"
+#include "moemm/checks.h"
+#include "plan.h"
+#include "rows.h"
+
+namespace moemm::cpu {
+namespace {
+
+struct Dispatch {
+  Plan plan;
+  Rows rows;
+};
+
+template <typename index_t>
+Dispatch make_dispatch(const char* op, const at::Tensor& experts, int64_t num_experts) {
+  Dispatch made{make_plan<index_t>(op, experts, num_experts, kAlignment, -1), {}};
+  const auto* counts = made.plan.counts.template const_data_ptr<int64_t>();
+  const auto* offsets = made.plan.offsets.template const_data_ptr<int64_t>();
+  const auto* order = made.plan.order.template const_data_ptr<index_t>();
+  made.rows.count.assign(counts, counts + num_experts);
+  made.rows.first.assign(offsets, offsets + num_experts);
+  made.rows.source.resize(made.plan.order.numel());
+  const int64_t num_slots = experts.size(1);
+  for (int64_t row = 0; row < made.rows.total(); ++row) {
+    made.rows.source[row] = order[row] == kNone ? kNone : order[row] / num_slots;
+  }
+  return made;
+}
+
+std::tuple<at::Tensor, at::Tensor> moe_ffn(const at::Tensor& x, const at::Tensor& gates, const at::Tensor& experts,
+                                           at::TensorList w1, at::TensorList w2, at::TensorList b1, at::TensorList b2,
+                                           c10::string_view activation, bool recompute) {
+  constexpr const char* op = "moemm::moe_ffn";
+  check_moe_ffn(op, x, gates, experts, w1.size());
+  const Experts networks(op, w1, w2, b1, b2, activation, x);
+  const auto x_dense = with_dense_rows(x);
+  const auto gates_dense = gates.to(accumulator_of(x.scalar_type())).contiguous();
+  auto shape = hidden_shape(networks, experts.numel());
+  if (recompute) shape[0] = 0;
+  auto z = at::empty(shape, x.options().memory_format(at::MemoryFormat::Contiguous));
+  auto out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  dispatch(x, experts,
+           [&]<typename scalar_t, typename index_t>(std::type_identity<scalar_t>, std::type_identity<index_t>) {
+             const auto made = make_dispatch<index_t>(op, experts, networks.size());
+             const auto y = experts_forward<scalar_t>(networks, made.rows, x_dense, z);
+             gather_sum<scalar_t, index_t>(op, y, made.plan.inverse,
+                                           gates_dense.template const_data_ptr<Accumulator<scalar_t>>(), out);
+           });
+  return {out, z};
+}
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
+                             std::vector<at::Tensor>, std::vector<at::Tensor>>;
+
+// Between slots, where gates live, and rows.
+template <typename scalar_t, typename index_t>
+ExpertGradients backward(const Experts& networks, const Dispatch& made, const at::Tensor& x, const at::Tensor& z,
+                         const at::Tensor& grad, const at::Tensor& gates, at::Tensor& dgates) {
+  using acc_t = Accumulator<scalar_t>;
+  std::vector<acc_t> gate(made.rows.total(), 0), dgate(made.rows.total());
+  const auto* order = made.plan.order.const_data_ptr<index_t>();
+  const auto* given = gates.const_data_ptr<acc_t>();
+  for (int64_t row = 0; row < made.rows.total(); ++row) {
+    if (order[row] != kNone) gate[row] = given[order[row]];
+  }
+  auto out = experts_backward<scalar_t>(networks, made.rows, x, z, grad, gate, dgate);
+  auto* to = dgates.mutable_data_ptr<acc_t>();
+  for (int64_t row = 0; row < made.rows.total(); ++row) {
+    if (order[row] != kNone) to[order[row]] = dgate[row];
+  }
+  return out;
+}
+
+Gradients moe_ffn_backward(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& x, const at::Tensor& gates,
+                           const at::Tensor& experts, at::TensorList w1, at::TensorList w2, at::TensorList b1,
+                           at::TensorList b2, c10::string_view activation) {
+  constexpr const char* op = "moemm::moe_ffn_backward";
+  check_moe_ffn(op, x, gates, experts, w1.size());
+  check_gradient(op, grad, x);
+  const Experts networks(op, w1, w2, b1, b2, activation, x);
+  check_hidden(op, z, hidden_shape(networks, experts.numel()), x);
+  const auto x_dense = with_dense_rows(x), grad_dense = with_dense_rows(grad);
+  const auto gates_dense = gates.to(accumulator_of(x.scalar_type())).contiguous();
+  auto dx = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  auto dgates = at::zeros(gates.sizes(), gates_dense.options());
+  ExpertGradients out;
+  dispatch(x, experts,
+           [&]<typename scalar_t, typename index_t>(std::type_identity<scalar_t>, std::type_identity<index_t>) {
+             const auto made = make_dispatch<index_t>(op, experts, networks.size());
+             out = backward<scalar_t, index_t>(networks, made, x_dense, z, grad_dense, gates_dense, dgates);
+             gather_sum<scalar_t, index_t>(op, out.rows, made.plan.inverse, nullptr, dx);
+           });
+  return {dx, dgates.to(gates.scalar_type()), out.w1, out.w2, out.b1, out.b2};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moemm, CPU, m) {
+  m.impl("moe_ffn", &moe_ffn);
+  m.impl("moe_ffn_backward", &moe_ffn_backward);
+}
+
+}  // namespace moemm::cpu
