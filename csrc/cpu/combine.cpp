@@ -12,21 +12,21 @@ namespace {
 // dy[i] = gate * grad[i]; returns the dot product of grad and y. Fixed lanes: the compiler may vectorise the sum, and
 // its order never changes.
 template <typename acc_t, typename scalar_t>
-acc_t scale_and_dot(scalar_t* dy, const scalar_t* grad, const scalar_t* y, acc_t gate, int64_t width) {
+MOEMM_SIMD acc_t scale_and_dot(scalar_t* dy, const scalar_t* grad, const scalar_t* y, acc_t gate, int64_t width) {
   constexpr int64_t kLanes = 16;
   acc_t sums[kLanes] = {};
   int64_t start = 0;
   for (; start + kLanes <= width; start += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
-      const acc_t value = static_cast<acc_t>(grad[start + i]);
-      sums[i] += value * static_cast<acc_t>(y[start + i]);
-      dy[start + i] = static_cast<scalar_t>(gate * value);
+      const acc_t value = widen(grad[start + i]);
+      sums[i] += value * static_cast<acc_t>(widen(y[start + i]));
+      store(dy[start + i], gate * value);
     }
   }
   for (; start < width; ++start) {
-    const acc_t value = static_cast<acc_t>(grad[start]);
-    sums[start % kLanes] += value * static_cast<acc_t>(y[start]);
-    dy[start] = static_cast<scalar_t>(gate * value);
+    const acc_t value = widen(grad[start]);
+    sums[start % kLanes] += value * static_cast<acc_t>(widen(y[start]));
+    store(dy[start], gate * value);
   }
   acc_t total = 0;
   for (const acc_t sum : sums) total += sum;

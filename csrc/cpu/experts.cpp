@@ -18,7 +18,7 @@ namespace moemm::cpu {
 namespace {
 
 constexpr int64_t kTileRows = 256;      // rows of one product in the forward pass and for dx
-constexpr int64_t kWaveRows = 2048;     // rows whose intermediates the backward pass holds at a time
+constexpr int64_t kWaveRows = 1024;     // rows a thread whose intermediates the backward pass holds at a time
 constexpr int64_t kWeightBlock = 1024;  // rows of a weight's gradient that one task makes
 
 struct Task {
@@ -237,11 +237,12 @@ std::vector<at::Tensor> gradients_like(const std::vector<at::Tensor>& weights, c
   return all;
 }
 
-// The experts from `begin` on whose rows make one wave: as many as kWaveRows holds, at least one.
+// The experts from `begin` on whose rows make one wave: as many as it holds, at least one. Waves change no result.
 int64_t wave_end(const Rows& rows, int64_t begin) {
+  const int64_t wave_rows = kWaveRows * std::max(2, at::get_num_threads());
   int64_t end = begin, total = 0;
   const int64_t num_experts = static_cast<int64_t>(rows.count.size());
-  while (end < num_experts && (end == begin || total + aligned(rows.count[end]) <= kWaveRows)) {
+  while (end < num_experts && (end == begin || total + aligned(rows.count[end]) <= wave_rows)) {
     total += aligned(rows.count[end++]);
   }
   return end;

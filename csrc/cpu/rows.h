@@ -10,6 +10,7 @@
 
 #include "moemm/checks.h"
 #include "moemm/dispatch.h"
+#include "simd.h"
 
 namespace moemm::cpu {
 
@@ -28,16 +29,16 @@ struct Source {
 
 // out[i] = sum over sources of gate * row[i]; a block of sums stays in registers, so each byte is touched once.
 template <typename acc_t, typename scalar_t>
-void weighted_sum(scalar_t* out, const std::vector<Source<acc_t, scalar_t>>& sources, int64_t width) {
+MOEMM_SIMD void weighted_sum(scalar_t* out, const std::vector<Source<acc_t, scalar_t>>& sources, int64_t width) {
   constexpr int64_t kBlock = 64;
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t count = std::min(kBlock, width - start);
     acc_t sums[kBlock] = {};
     for (const auto& source : sources) {
       const scalar_t* row = source.row + start;
-      for (int64_t i = 0; i < count; ++i) sums[i] += source.gate * static_cast<acc_t>(row[i]);
+      for (int64_t i = 0; i < count; ++i) sums[i] += source.gate * static_cast<acc_t>(widen(row[i]));
     }
-    for (int64_t i = 0; i < count; ++i) out[start + i] = static_cast<scalar_t>(sums[i]);
+    for (int64_t i = 0; i < count; ++i) store(out[start + i], sums[i]);
   }
 }
 
