@@ -44,10 +44,10 @@ struct Inputs {
 // What one token's logits become; the buffers are used again for the next token.
 template <typename acc_t>
 struct Row {
-  std::vector<acc_t> logit, softmax, score;  // score: the sigmoid; with softmax routing the same as softmax
+  std::vector<acc_t> logit, softmax, score, biased;  // score: the sigmoid; with softmax routing that
   acc_t lse = 0, total = 0;                  // total: sum of the scores over allowed experts
 
-  explicit Row(int64_t num_experts) : logit(num_experts), softmax(num_experts), score(num_experts) {}
+  explicit Row(int64_t num_experts) : logit(num_experts), softmax(num_experts), score(num_experts), biased(num_experts) {}
 };
 
 template <typename scalar_t, typename acc_t>
@@ -77,6 +77,11 @@ MOEMM_SIMD void sigmoids(acc_t* out, const acc_t* logits, const bool* allowed, i
 }
 
 template <typename acc_t>
+MOEMM_SIMD void add_shares(acc_t* __restrict__ sums, const acc_t* __restrict__ scores, acc_t factor, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) sums[e] += scores[e] * factor;
+}
+
+template <typename acc_t>
 acc_t sum_of(const std::vector<acc_t>& values) {
   acc_t total = 0;
   for (const acc_t value : values) total += value;
@@ -90,7 +95,8 @@ void compute_row(Row<acc_t>& row, const scalar_t* logits, const bool* allowed, b
   exponentials(row.softmax.data(), row.logit.data(), allowed, largest, count);
   const acc_t sum = sum_of(row.softmax);
   row.lse = largest + std::log(sum);
-  for (acc_t& value : row.softmax) value /= sum;
+  const acc_t factor = acc_t(1) / sum;
+  for (acc_t& value : row.softmax) value *= factor;
   row.total = 1;
   if (sigmoid) {
     sigmoids(row.score.data(), row.logit.data(), allowed, count);
@@ -100,51 +106,40 @@ void compute_row(Row<acc_t>& row, const scalar_t* logits, const bool* allowed, b
   }
 }
 
-// The best expert that is allowed and not chosen, the first among equals; NaN ranks last. kNone where none is left.
+// The `count` best allowed experts, the first among equals, NaN last; kNone where none is left. One pass: an expert is
+// compared with the worst of those kept, and most stop there.
 template <typename acc_t>
-int64_t best(const std::vector<acc_t>& key, const std::vector<uint8_t>& open) {
-  int64_t found = kNone;
-  for (int64_t e = 0; e < static_cast<int64_t>(key.size()); ++e) {
-    if (!open[e]) continue;
-    if (found == kNone || key[e] > key[found] || (key[found] != key[found] && key[e] == key[e])) found = e;
+void best(const acc_t* key, const bool* allowed, int64_t num_experts, int64_t count, int64_t* ids, acc_t* kept) {
+  constexpr acc_t kLowest = std::numeric_limits<acc_t>::lowest();
+  std::fill_n(ids, count, kNone);
+  std::fill_n(kept, count, -std::numeric_limits<acc_t>::infinity());
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const acc_t value = key[e] > kLowest ? key[e] : kLowest;
+    if (!allowed[e] || !(value > kept[count - 1])) continue;
+    int64_t at = count - 1;
+    for (; at > 0 && value > kept[at - 1]; --at) kept[at] = kept[at - 1], ids[at] = ids[at - 1];
+    kept[at] = value;
+    ids[at] = e;
   }
-  return found;
 }
 
-// Where the results of all tokens go.
 template <typename acc_t>
-struct Outputs {
-  acc_t* gates;
-  int64_t* experts;
-};
-
-// Sums over a chunk's tokens.
-template <typename acc_t>
-struct Sums {
-  acc_t *load, *prob, *z, *tokens;
-};
-
-template <typename acc_t>
-void choose(const Row<acc_t>& row, const bool* allowed, const acc_t* bias, const Options& options, acc_t* gates,
+void choose(Row<acc_t>& row, const bool* allowed, const acc_t* bias, const Options& options, acc_t* gates,
             int64_t* experts, acc_t* load) {
-  const size_t count = row.logit.size();
-  static thread_local std::vector<uint8_t> open;
-  static thread_local std::vector<acc_t> key;
-  open.assign(allowed, allowed + count);
+  const int64_t count = static_cast<int64_t>(row.logit.size());
   // Without a bias the logits' order is that of the scores, and free of their rounding.
-  key = row.logit;
+  const acc_t* key = row.logit.data();
   if (bias != nullptr) {
-    for (size_t e = 0; e < count; ++e) key[e] = row.score[e] + bias[e];
+    for (int64_t e = 0; e < count; ++e) row.biased[e] = row.score[e] + bias[e];
+    key = row.biased.data();
   }
+  best(key, allowed, count, options.top_k, experts, gates);
   acc_t chosen = 0;
   for (int64_t k = 0; k < options.top_k; ++k) {
-    const int64_t expert = best(key, open);
-    experts[k] = expert;
+    const int64_t expert = experts[k];
     gates[k] = expert == kNone ? acc_t(0) : row.score[expert];
     chosen += gates[k];
-    if (expert == kNone) continue;
-    open[expert] = 0;
-    load[expert] += 1;
+    if (expert != kNone) load[expert] += 1;
   }
   if (options.renormalise) {
     for (int64_t k = 0; k < options.top_k; ++k) gates[k] = experts[k] == kNone ? acc_t(0) : gates[k] / chosen;
@@ -201,7 +196,7 @@ void forward(const char* op, const Inputs& in, const Options& options, at::Tenso
       compute_row(row, in.logits.const_data_ptr<scalar_t>() + token * stride, allowed, options.sigmoid);
       choose(row, allowed, bias, options, gates.mutable_data_ptr<acc_t>() + token * options.top_k,
              experts.mutable_data_ptr<int64_t>() + token * options.top_k, load + modality * width);
-      for (int64_t e = 0; e < width; ++e) prob[e] += row.score[e] / row.total;
+      add_shares(prob, row.score.data(), acc_t(1) / row.total, width);
       z[modality] += row.lse * row.lse;
       z[in.num_modalities + modality] += 1;
     }
