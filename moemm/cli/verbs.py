@@ -56,4 +56,9 @@ VERBS: dict[str, Verb] = {
         target="moemm.cli.doctor:Doctor",
         help="what is installed, live and wrong; a self test",
     ),
+    "bench": Verb(
+        usage="moe|kernels",
+        target="moemm.cli.bench:Bench",
+        help="measure the ops on this machine, beside other ways",
+    ),
 }
