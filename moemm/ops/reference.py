@@ -66,7 +66,8 @@ def permute(x_TD: torch.Tensor, order_R: torch.Tensor, inverse_TK: torch.Tensor)
     """Rows of x in the order of a plan: (T, D) -> (R, D); see moemm.ops.permute."""
     num_slots = inverse_TK.shape[1]
     token_R = torch.where(order_R < 0, order_R, order_R.div(num_slots, rounding_mode="floor"))
-    return _take(x_TD, token_R)
+    exact = torch.promote_types(x_TD.dtype, torch.float32)  # of the backward pass: it sums a token's rows
+    return _take(x_TD.to(exact), token_R).to(x_TD.dtype)
 
 
 def combine(y_RD: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
