@@ -5,6 +5,7 @@ n rows (samples that have it), T tokens, D width, P = 3 position axes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -62,7 +63,7 @@ class ExactBuffers(nn.Module):
         return self
 
 
-class Tokenizer(ExactBuffers):
+class Tokenizer(ExactBuffers, ABC):
     """Base of all tokenizers; a subclass is one modality kind.
 
     defaults: the options (fields of ModalityConfig) that the kind knows, with their values where none is given.
@@ -86,9 +87,9 @@ class Tokenizer(ExactBuffers):
         del spec
         return None
 
+    @abstractmethod
     def forward(self, packed: PackedModality) -> Tokens:
         """Tokens of all rows; zero rows give zero tokens and still reach every parameter."""
-        raise NotImplementedError(f"{type(self).__name__} must say how {self.spec.kind} becomes tokens")
 
     def drop(self, tokens: Tokens) -> Tokens:
         """Leave out a share of the tokens while training; the first of each row stays, so none is left empty."""

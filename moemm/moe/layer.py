@@ -5,6 +5,7 @@ T tokens, D width, E experts that are dispatched to (modality ones first, then r
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +59,13 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, modality_T: torch.Tensor) -> tuple[torch.Tensor, RouterStats | None]:
         """x_TD (T, D), modality_T (T,) int64 -> (T, D), and the router's statistics where there is a router."""
-        out_TD = torch.zeros_like(x_TD)
-        for shared in self.shared.values():
-            out_TD = out_TD + shared(x_TD)
+        shared = [network(x_TD) for network in self.shared.values()]
         if not self.experts:
-            return out_TD, None
+            return functools.reduce(torch.add, shared), None
         gates_TK, experts_TK, stats = self._slots(x_TD, modality_T)
         weights = [[getattr(expert, name) for expert in self.experts.values()] for name in ("w1_FD", "w2_DF")]
         wide_TD = ops.moe_ffn(x_TD, gates_TK, experts_TK, *weights, activation=self.activation)
-        return out_TD + wide_TD, stats
+        return functools.reduce(torch.add, [*shared, wide_TD]), stats
 
     def _slots(
         self, x_TD: torch.Tensor, modality_T: torch.Tensor

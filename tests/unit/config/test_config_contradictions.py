@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moemm.config import check_ranks, deepspeed_section, from_dict
+from moemm.config import check_ranks, deepspeed_section, from_dict, to_dict
 from moemm.config.check import KIND_OPTIONS
 from moemm.errors import ConfigError
 
@@ -169,7 +169,8 @@ def test_there_are_enough_pairs() -> None:
     ],
 )
 def test_what_only_looks_like_a_contradiction_is_accepted(values: dict[str, Any]) -> None:
-    from_dict(merged(values), origin="a test")
+    config = from_dict(merged(values), origin="a test")
+    assert from_dict(to_dict(config), origin="itself") == config, "accepted whole, and again"
 
 
 def test_a_batch_must_divide_over_the_ranks() -> None:

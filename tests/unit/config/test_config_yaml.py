@@ -130,7 +130,8 @@ def test_anchors_are_fine_where_they_are_small(write: Write) -> None:
 @given(st.text(alphabet="ab:{}[],&*!|>-?#'\"%@` \n\t~<1.e\x00é", max_size=60))
 def test_any_text_is_a_value_or_a_config_error(text: str) -> None:
     with contextlib.suppress(ConfigError):
-        read_value(text, name="a test")
+        value = read_value(text, name="a test")
+        assert isinstance(value, str | int | float | list | dict | None), "plain data, never another object"
 
 
 @settings(max_examples=150, deadline=None)
