@@ -9,7 +9,8 @@ TORCH_LIBRARY(moemm, m) {
       "route_topk_backward(Tensor dgates, Tensor dprob, Tensor dz, Tensor logits, Tensor modality, Tensor allowed, "
       "Tensor experts, *, str kind, bool renormalise) -> Tensor");
   m.def(
-      "plan(Tensor experts, *, int num_experts) -> (Tensor counts, Tensor offsets, Tensor order, Tensor inverse)");
+      "plan(Tensor experts, *, int num_experts, int alignment=1) -> (Tensor counts, Tensor offsets, Tensor order, "
+      "Tensor inverse)");
   m.def("permute(Tensor x, Tensor order, Tensor inverse) -> Tensor");
   m.def("permute_backward(Tensor grad, Tensor order, Tensor inverse) -> Tensor");
   m.def("combine(Tensor y, Tensor inverse, Tensor gates) -> Tensor");

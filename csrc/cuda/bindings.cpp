@@ -120,7 +120,8 @@ std::tuple<at::Tensor, at::Tensor> combine_backward(const at::Tensor& grad, cons
   return {dy, dgates.to(gates.scalar_type())};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan(const at::Tensor& experts, int64_t num_experts) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan(const at::Tensor& experts, int64_t num_experts,
+                                                                    int64_t alignment) {
   constexpr const char* op = "moemm::plan";
   check_experts(op, experts, num_experts);
   TORCH_CHECK(num_experts <= kMaxPlanExperts, op, ": on CUDA num_experts is at most ", kMaxPlanExperts, ", but is ",
@@ -128,21 +129,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan(const at::Tensor
   const c10::cuda::CUDAGuard guard(experts.device());
   const auto dense = experts.contiguous();
   const auto wide = experts.options().dtype(at::kLong);
-  const int64_t num_slots = experts.numel();
+  const int64_t num_slots = experts.numel(), num_rows = check_plan_rows(op, experts, num_experts, alignment);
   auto counts = at::empty({num_experts}, wide), offsets = at::empty({num_experts + 1}, wide);
-  auto order = at::empty({num_slots}, experts.options()), inverse = at::empty(experts.sizes(), experts.options());
-  auto histograms =
-      at::empty({(num_slots + kPlanSlots - 1) / kPlanSlots, num_experts}, experts.options().dtype(at::kInt));
+  auto order = at::empty({num_rows}, experts.options()), inverse = at::empty(experts.sizes(), experts.options());
+  auto histograms = at::empty({(num_slots + kPlanSlots - 1) / kPlanSlots, num_experts}, wide);
   const PlanArguments arguments{
       .index = index_of(experts),
       .experts = dense.const_data_ptr(),
-      .histograms = histograms.mutable_data_ptr<int32_t>(),
+      .histograms = histograms.mutable_data_ptr<int64_t>(),
       .counts = counts.mutable_data_ptr<int64_t>(),
       .offsets = offsets.mutable_data_ptr<int64_t>(),
       .order = order.mutable_data_ptr(),
       .inverse = inverse.mutable_data_ptr(),
       .num_slots = num_slots,
       .num_experts = num_experts,
+      .num_rows = num_rows,
+      .alignment = alignment,
   };
   C10_CUDA_CHECK(launch_plan(arguments, c10::cuda::getCurrentCUDAStream()));
   return {counts, offsets, order, inverse};

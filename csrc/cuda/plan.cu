@@ -47,26 +47,28 @@ __device__ inline value_t warp_exclusive(value_t value, value_t& total) {
 // One warp an expert: its slots in earlier blocks, in place, and its count.
 __global__ void scan_kernel(PlanArguments a, int64_t num_blocks) {
   const int64_t expert = blockIdx.x;
-  int32_t before = 0;
+  int64_t before = 0;
   for (int64_t start = 0; start < num_blocks; start += kWarp) {
     const int64_t block = start + threadIdx.x;
-    int32_t* entry = a.histograms + block * a.num_experts + expert;
-    int32_t total;
-    const int32_t sum = warp_exclusive<int32_t>(block < num_blocks ? *entry : 0, total);
+    int64_t* entry = a.histograms + block * a.num_experts + expert;
+    int64_t total;
+    const int64_t sum = warp_exclusive<int64_t>(block < num_blocks ? *entry : 0, total);
     if (block < num_blocks) *entry = before + sum;
     before += total;
   }
   if (threadIdx.x == 0) a.counts[expert] = before;
 }
 
-// first[e]: the first row of expert e for this block. The first warp sums the counts up.
+// first[e]: the first row of expert e for this block. The first warp sums the aligned counts up.
 __device__ inline void first_rows(const PlanArguments& a, int64_t num_blocks, int64_t* first) {
   if (threadIdx.x < kWarp) {
     int64_t before = 0;
     for (int64_t start = 0; start < a.num_experts; start += kWarp) {
       const int64_t e = start + threadIdx.x;
       int64_t total;
-      const int64_t row = before + warp_exclusive<int64_t>(e < a.num_experts ? a.counts[e] : 0, total);
+      const int64_t count = e < a.num_experts ? a.counts[e] : 0;
+      const int64_t needed = (count + a.alignment - 1) / a.alignment * a.alignment;
+      const int64_t row = before + warp_exclusive<int64_t>(needed, total);
       if (e < a.num_experts) {
         const int64_t own = num_blocks == 0 ? 0 : a.histograms[blockIdx.x * a.num_experts + e];
         first[e] = row + own;
@@ -124,8 +126,8 @@ void launch(const PlanArguments& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_plan(const PlanArguments& a, cudaStream_t stream) {
-  const int64_t bytes = a.num_slots * (a.index == Index::kInt32 ? 4 : 8);
-  if (bytes > 0) {  // rows of no expert hold kNone: all bits set
+  const int64_t bytes = a.num_rows * (a.index == Index::kInt32 ? 4 : 8);
+  if (bytes > 0) {  // rows of no slot hold kNone: all bits set
     const cudaError_t status = cudaMemsetAsync(a.order, 0xff, bytes, stream);
     if (status != cudaSuccess) return status;
   }

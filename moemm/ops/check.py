@@ -69,12 +69,22 @@ def weighted(op: str, y_RD: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: to
     device(op, "gates", gates_TK, y_RD)
 
 
-def experts(op: str, experts_TK: torch.Tensor, num_experts: int) -> None:
+def experts(op: str, experts_TK: torch.Tensor, num_experts: int, alignment: int) -> None:
     """Arguments of plan."""
     rank(op, "experts", experts_TK, "(T, K)")
     dtype(op, "experts", experts_TK, INDICES)
-    if num_experts < 1:
-        raise KernelError(f"{op}: num_experts must be at least 1, but is {num_experts}")
+    for name, value in (("num_experts", num_experts), ("alignment", alignment)):
+        if value < 1:
+            raise KernelError(f"{op}: {name} must be at least 1, but is {value}")
+    rows, largest = plan_rows(experts_TK.numel(), num_experts, alignment), torch.iinfo(experts_TK.dtype).max
+    if rows > largest:
+        more = "give int64 ids" if experts_TK.dtype == torch.int32 else "give a smaller alignment"
+        raise KernelError(f"{op}: the plan has {rows} rows, but experts can number at most {largest}; {more}")
+
+
+def plan_rows(num_slots: int, num_experts: int, alignment: int) -> int:
+    """Rows of a plan, known before the counts are: padding for each expert that may have a slot."""
+    return num_slots + (alignment - 1) * torch.sym_min(num_experts, num_slots)
 
 
 def route(

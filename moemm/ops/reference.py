@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from moemm.ops import check
+
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -47,19 +49,24 @@ def route_topk(
     return gates_TK, experts_TK.masked_fill(~found_TK, -1), *sums, member_MT.sum(1)
 
 
-def plan(experts_TK: torch.Tensor, *, num_experts: int) -> Tensors:
-    """counts_E, offsets_E1, order_R, inverse_TK; see moemm.ops.plan."""
-    flat_R = experts_TK.flatten()
-    if ((flat_R < -1) | (flat_R >= num_experts)).any():
+def plan(experts_TK: torch.Tensor, *, num_experts: int, alignment: int = 1) -> Tensors:
+    """counts_E, offsets_E1, order_R, inverse_TK; see moemm.ops.plan. S = T K slots."""
+    flat_S = experts_TK.flatten()
+    if ((flat_S < -1) | (flat_S >= num_experts)).any():
         raise IndexError(f"plan: experts holds an id out of range; allowed is 0 to {num_experts - 1}, or -1 for none")
-    order_R = torch.where(flat_R < 0, num_experts, flat_R).argsort(stable=True)
-    inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    dropped_R = flat_R < 0
-    counts_E = torch.bincount(flat_R[~dropped_R], minlength=num_experts)
-    offsets_E1 = torch.cat([counts_E.new_zeros(1), counts_E.cumsum(0)])
-    order_R = order_R.masked_fill(dropped_R[order_R], -1).to(experts_TK.dtype)
-    return counts_E, offsets_E1, order_R, inverse_R.masked_fill(dropped_R, -1).to(experts_TK.dtype).view_as(experts_TK)
+    flat_S = flat_S.long()
+    slots_S = flat_S.argsort(stable=True)[(flat_S < 0).sum() :]  # those of no expert come first
+    expert_S = flat_S[slots_S]
+    counts_E = torch.bincount(expert_S, minlength=num_experts)
+    ends_E = (counts_E + alignment - 1).div(alignment, rounding_mode="floor").mul(alignment).cumsum(0)
+    offsets_E1 = torch.cat([ends_E.new_zeros(1), ends_E])
+    rank_S = torch.arange(len(slots_S), device=flat_S.device) - (counts_E.cumsum(0) - counts_E)[expert_S]
+    rows_S = offsets_E1[expert_S] + rank_S
+    order_R = flat_S.new_full((check.plan_rows(flat_S.numel(), num_experts, alignment),), -1)
+    order_R[rows_S] = slots_S
+    inverse_S = torch.full_like(flat_S, -1)
+    inverse_S[slots_S] = rows_S
+    return counts_E, offsets_E1, order_R.to(experts_TK.dtype), inverse_S.to(experts_TK.dtype).view_as(experts_TK)
 
 
 def permute(x_TD: torch.Tensor, order_R: torch.Tensor, inverse_TK: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ INDICES = (torch.int64, torch.int32)
 LAYOUTS = ("dense", "apart", "transposed")
 PLANS = ("full", "one", "dropped", "padded")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-7}
-ALIGNMENT = 4
+ALIGNMENT = {"full": 1, "one": 16, "dropped": 3, "padded": 4}
 NETWORKS = ("grouped_mlp", "moe_ffn")
 
 
@@ -47,7 +47,8 @@ class OpCase:
     """One call of one op.
 
     plan: "full": every slot has a row; "one": one expert takes all; "dropped": a third of the slots have no row;
-        "padded": each expert's rows are filled up to a multiple of ALIGNMENT.
+        "padded": each expert's rows are filled up to a multiple of ALIGNMENT; those that plan and grouped_mlp follow
+        are aligned in each plan.
     layout: "dense"; "apart": rows with a gap between them; "transposed": columns contiguous.
     """
 
@@ -140,7 +141,7 @@ def _plan(case: OpCase, generator: torch.Generator) -> tuple[torch.Tensor, torch
     if case.plan == "one":
         experts_TK = torch.zeros_like(experts_TK)
     kept_TK = torch.rand(tokens, slots, generator=generator) > 1 / 3 if case.plan == "dropped" else None
-    alignment = ALIGNMENT if case.plan == "padded" else 1
+    alignment = ALIGNMENT["padded"] if case.plan == "padded" else 1
     order_R, inverse_TK = make_plan(experts_TK, kept_TK=kept_TK, alignment=alignment)
     return order_R.to(case.index), inverse_TK.to(case.index)
 
@@ -225,8 +226,8 @@ def _moe_ffn(case: OpCase, generator: torch.Generator) -> Arguments:
 
 def _grouped_mlp(case: OpCase, generator: torch.Generator) -> Arguments:
     (experts_TK,) = _experts(case, generator)
-    _, offsets_E1, *_ = reference.plan(experts_TK, num_experts=case.shape[3])
-    return _rows(case, experts_TK.numel(), generator), offsets_E1, *_weights(case, generator)
+    made = reference.plan(experts_TK, num_experts=case.shape[3], alignment=ALIGNMENT[case.plan])
+    return _rows(case, len(made[2]), generator), made[1], *_weights(case, generator)
 
 
 MAKERS: dict[str, Callable[[OpCase, torch.Generator], Arguments]] = {
@@ -243,7 +244,7 @@ OPTIONS: dict[str, Callable[[OpCase], dict[str, Any]]] = {
         "kind": "softmax" if case.index == torch.int64 else "sigmoid",
         "renormalise": case.layout == "apart",
     },
-    "plan": lambda case: {"num_experts": case.shape[3]},
+    "plan": lambda case: {"num_experts": case.shape[3], "alignment": ALIGNMENT[case.plan]},
     "grouped_mlp": lambda case: {"activation": _activation(case), "recompute": case.plan == "padded"},
     "moe_ffn": lambda case: {"activation": _activation(case), "recompute": case.plan == "one"},
 }

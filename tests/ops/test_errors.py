@@ -162,8 +162,26 @@ def test_expert_id_or_modality_out_of_range(value: int) -> None:
 def test_plan_and_router_without_experts() -> None:
     with pytest.raises(KernelError, match="num_experts must be at least 1, but is 0"):
         ops.plan(EXPERTS, num_experts=0)
+    with pytest.raises(KernelError, match="alignment must be at least 1, but is 0"):
+        ops.plan(EXPERTS, num_experts=3, alignment=0)
     with pytest.raises(KernelError, match="kind must be softmax or sigmoid, but is argmax"):
         ops.route_topk(LOGITS, MODALITY, ALLOWED, top_k=1, kind="argmax")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("index", "alignment"), [(torch.int32, 2**30), (torch.int64, 2**62)])
+def test_rows_of_a_plan_that_cannot_be_counted(index: torch.dtype, alignment: int) -> None:
+    experts_TK = EXPERTS.to(index)
+    with pytest.raises(KernelError, match=r"the plan has \d+ rows, but experts can number at most"):
+        ops.plan(experts_TK, num_experts=3, alignment=alignment)
+    if COMPILED:
+        with pytest.raises(RuntimeError, match="cannot be counted"):
+            torch.ops.moemm.plan(experts_TK, num_experts=3, alignment=alignment)
+
+
+@pytest.mark.skipif(not COMPILED, reason="moemm._C is not built")
+def test_a_direct_call_of_plan_refuses_alignment_zero() -> None:
+    with pytest.raises(RuntimeError, match="alignment must be at least 1, but is 0"):
+        torch.ops.moemm.plan(EXPERTS, num_experts=3, alignment=0)
 
 
 def test_a_token_without_an_allowed_expert_is_an_error() -> None:

@@ -94,6 +94,31 @@ def test_plan_is_a_stable_sort_and_its_inverse() -> None:
     assert torch.equal(plan.order_R[plan.inverse_TK.flatten()], torch.arange(60_000))
 
 
+@pytest.mark.parametrize("alignment", [1, 2, 3, 7, 16, 100])
+def test_an_aligned_plan_pads_each_group_and_changes_no_output(alignment: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    experts_TK = torch.randint(-1, 6, (41, 2), generator=generator)
+    experts_TK[experts_TK == 3] = 2  # an expert without slots has no rows
+    x_TD = torch.randn(41, 8, generator=generator, requires_grad=True)
+    gates_TK = torch.rand(41, 2, generator=generator)
+    w1, w2 = ([torch.randn(shape, generator=generator) for _ in range(6)] for shape in ((10, 8), (8, 5)))
+    b1, b2 = ([torch.randn(size, generator=generator).requires_grad_() for _ in range(6)] for size in (10, 8))
+    made = ops.plan(experts_TK, num_experts=6, alignment=alignment)
+    assert len(made.order_R) == 82 + (alignment - 1) * 6
+    assert torch.equal(made.offsets_E1 % alignment, torch.zeros(7, dtype=torch.int64))
+    assert made.counts_E[3] == made.offsets_E1.diff()[3] == 0
+    x_RD = ops.permute(x_TD, made.order_R, made.inverse_TK)
+    assert not x_RD[made.order_R < 0].any() and x_RD[made.order_R >= 0].all()
+    y_RD = ops.grouped_mlp(x_RD, made.offsets_E1, w1, w2, b1, b2, activation="swiglu")
+    wanted_TD = reference.moe_ffn(x_TD, gates_TK, experts_TK, w1, w2, b1, b2, activation="swiglu")
+    leaves = (x_TD, *b1, *b2)
+    given = [ops.combine(y_RD, made.inverse_TK, gates_TK)]
+    given += torch.autograd.grad(given[0].square().sum(), leaves)
+    wanted = [wanted_TD, *torch.autograd.grad(wanted_TD.square().sum(), leaves)]
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_torch_grouped_products_equal_the_loop(dropped: bool) -> None:
     """What CUDA runs where weights allow, tried on the CPU."""

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -108,6 +110,18 @@ inline void check_experts(const char* op, const at::Tensor& experts, int64_t num
   MOEMM_CHECK_RANK(experts, 2, "(T, K)");
   check_index(op, "experts", experts);
   TORCH_CHECK(num_experts >= 1, op, ": num_experts must be at least 1, but is ", num_experts);
+}
+
+// Rows of a plan, known before the counts are: each expert that has a slot may need alignment - 1 rows of padding.
+inline int64_t check_plan_rows(const char* op, const at::Tensor& experts, int64_t num_experts, int64_t alignment) {
+  TORCH_CHECK(alignment >= 1, op, ": alignment must be at least 1, but is ", alignment);
+  const int64_t num_slots = experts.numel(), padded = std::min(num_experts, num_slots);
+  const int64_t largest =
+      experts.scalar_type() == at::kInt ? std::numeric_limits<int32_t>::max() : std::numeric_limits<int64_t>::max();
+  TORCH_CHECK(num_slots <= largest && (padded == 0 || alignment - 1 <= (largest - num_slots) / padded), op,
+              ": the rows of ", num_slots, " slots with alignment ", alignment, " cannot be counted in ",
+              experts.scalar_type());
+  return num_slots + (alignment - 1) * padded;
 }
 
 // gates, experts, load, prob, z, tokens
