@@ -13,7 +13,7 @@ TORCH_LIBRARY(moemm, m) {
       "Tensor inverse)");
   m.def("permute(Tensor x, Tensor order, Tensor inverse) -> Tensor");
   m.def("permute_backward(Tensor grad, Tensor order, Tensor inverse) -> Tensor");
-  m.def("combine(Tensor y, Tensor inverse, Tensor gates) -> Tensor");
+  m.def("combine(Tensor y, Tensor inverse, Tensor gates, Tensor? residual=None) -> Tensor");
   m.def("combine_backward(Tensor grad, Tensor y, Tensor inverse, Tensor gates) -> (Tensor, Tensor)");
   m.def(
       "grouped_mlp(Tensor x, Tensor offsets, Tensor[] w1, Tensor[] w2, Tensor[] b1, Tensor[] b2, *, str activation, "
@@ -22,8 +22,8 @@ TORCH_LIBRARY(moemm, m) {
       "grouped_mlp_backward(Tensor grad, Tensor z, Tensor x, Tensor offsets, Tensor[] w1, Tensor[] w2, Tensor[] b1, "
       "Tensor[] b2, *, str activation) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])");
   m.def(
-      "moe_ffn(Tensor x, Tensor gates, Tensor experts, Tensor[] w1, Tensor[] w2, Tensor[] b1, Tensor[] b2, *, "
-      "str activation, bool recompute) -> (Tensor out, Tensor z)");
+      "moe_ffn(Tensor x, Tensor gates, Tensor experts, Tensor[] w1, Tensor[] w2, Tensor[] b1, Tensor[] b2, "
+      "Tensor? residual=None, *, str activation, bool recompute) -> (Tensor out, Tensor z)");
   m.def(
       "moe_ffn_backward(Tensor grad, Tensor z, Tensor x, Tensor gates, Tensor experts, Tensor[] w1, Tensor[] w2, "
       "Tensor[] b1, Tensor[] b2, *, str activation) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor[])");

@@ -81,17 +81,19 @@ void backward(const char* op, const at::Tensor& grad, const at::Tensor& y, const
   });
 }
 
-at::Tensor combine(const at::Tensor& y, const at::Tensor& inverse, const at::Tensor& gates) {
+at::Tensor combine(const at::Tensor& y, const at::Tensor& inverse, const at::Tensor& gates,
+                   const std::optional<at::Tensor>& residual) {
   constexpr const char* op = "moemm::combine";
   check_combine(op, y, inverse, gates);
-  const auto y_dense = with_dense_rows(y);
+  check_residual(op, residual, inverse.size(0), y);
+  const auto y_dense = with_dense_rows(y), residual_dense = with_dense_rows(residual);
   const auto inverse_dense = inverse.contiguous();
   const auto gates_dense = gates.to(accumulator_of(y.scalar_type())).contiguous();
   auto out = at::empty({inverse.size(0), y.size(1)}, y.options());
   dispatch(y, inverse,
            [&]<typename scalar_t, typename index_t>(std::type_identity<scalar_t>, std::type_identity<index_t>) {
              const auto* gate = gates_dense.const_data_ptr<Accumulator<scalar_t>>();
-             gather_sum<scalar_t, index_t>(op, y_dense, inverse_dense, gate, out);
+             gather_sum<scalar_t, index_t>(op, y_dense, inverse_dense, gate, residual_dense, out);
            });
   return out;
 }

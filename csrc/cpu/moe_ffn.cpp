@@ -37,11 +37,13 @@ Dispatch make_dispatch(const char* op, const at::Tensor& experts, int64_t num_ex
 
 std::tuple<at::Tensor, at::Tensor> moe_ffn(const at::Tensor& x, const at::Tensor& gates, const at::Tensor& experts,
                                            at::TensorList w1, at::TensorList w2, at::TensorList b1, at::TensorList b2,
-                                           c10::string_view activation, bool recompute) {
+                                           const std::optional<at::Tensor>& residual, c10::string_view activation,
+                                           bool recompute) {
   constexpr const char* op = "moemm::moe_ffn";
   check_moe_ffn(op, x, gates, experts, w1.size());
+  check_residual(op, residual, x.size(0), x);
   const Experts networks(op, w1, w2, b1, b2, activation, x);
-  const auto x_dense = with_dense_rows(x);
+  const auto x_dense = with_dense_rows(x), residual_dense = with_dense_rows(residual);
   const auto gates_dense = gates.to(accumulator_of(x.scalar_type())).contiguous();
   auto shape = hidden_shape(networks, experts.numel());
   if (recompute) shape[0] = 0;
@@ -52,7 +54,8 @@ std::tuple<at::Tensor, at::Tensor> moe_ffn(const at::Tensor& x, const at::Tensor
              const auto made = make_dispatch<index_t>(op, experts, networks.size());
              const auto y = experts_forward<scalar_t>(networks, made.rows, x_dense, z);
              gather_sum<scalar_t, index_t>(op, y, made.plan.inverse,
-                                           gates_dense.template const_data_ptr<Accumulator<scalar_t>>(), out);
+                                           gates_dense.template const_data_ptr<Accumulator<scalar_t>>(),
+                                           residual_dense, out);
            });
   return {out, z};
 }
@@ -96,7 +99,7 @@ Gradients moe_ffn_backward(const at::Tensor& grad, const at::Tensor& z, const at
            [&]<typename scalar_t, typename index_t>(std::type_identity<scalar_t>, std::type_identity<index_t>) {
              const auto made = make_dispatch<index_t>(op, experts, networks.size());
              out = backward<scalar_t, index_t>(networks, made, x_dense, z, grad_dense, gates_dense, dgates);
-             gather_sum<scalar_t, index_t>(op, out.rows, made.plan.inverse, nullptr, dx);
+             gather_sum<scalar_t, index_t>(op, out.rows, made.plan.inverse, nullptr, at::Tensor(), dx);
            });
   return {dx, dgates.to(gates.scalar_type()), out.w1, out.w2, out.b1, out.b2};
 }

@@ -71,7 +71,7 @@ at::Tensor permute_backward(const at::Tensor& grad, const at::Tensor& order, con
   auto out = at::empty({inverse.size(0), grad.size(1)}, grad.options());
   dispatch(grad, inverse,
            [&]<typename scalar_t, typename index_t>(std::type_identity<scalar_t>, std::type_identity<index_t>) {
-             gather_sum<scalar_t, index_t>(op, grad_dense, inverse_dense, nullptr, out);
+             gather_sum<scalar_t, index_t>(op, grad_dense, inverse_dense, nullptr, at::Tensor(), out);
            });
   return out;
 }

@@ -42,19 +42,23 @@ MOEMM_SIMD void weighted_sum(scalar_t* out, const std::vector<Source<acc_t, scal
   }
 }
 
-// (R, D) -> (T, D): out[t] = sum over k of gates[t, k] * y[inverse[t, k]], in the order of k; gates nullptr: all one.
+// (R, D) -> (T, D): out[t] = residual[t] + sum over k of gates[t, k] * y[inverse[t, k]], in this order; gates nullptr:
+// all one; residual undefined: zeros.
 template <typename scalar_t, typename index_t>
 void gather_sum(const char* op, const at::Tensor& y, const at::Tensor& inverse, const Accumulator<scalar_t>* gates,
-                at::Tensor& out) {
+                const at::Tensor& residual, at::Tensor& out) {
   using acc_t = Accumulator<scalar_t>;
   const int64_t num_slots = inverse.size(1), width = y.size(1), num_rows = y.size(0), stride = y.stride(0);
   const auto* source = y.const_data_ptr<scalar_t>();
   const auto* index = inverse.const_data_ptr<index_t>();
+  const auto* added = residual.defined() ? residual.const_data_ptr<scalar_t>() : nullptr;
+  const int64_t added_stride = residual.defined() ? residual.stride(0) : 0;
   auto* target = out.mutable_data_ptr<scalar_t>();
   at::parallel_for(0, inverse.size(0), grain_of(width * num_slots), [&](int64_t begin, int64_t end) {
     std::vector<Source<acc_t, scalar_t>> sources;
     for (int64_t token = begin; token < end; ++token) {
       sources.clear();
+      if (added != nullptr) sources.push_back({added + token * added_stride, acc_t(1)});
       for (int64_t slot = token * num_slots; slot < (token + 1) * num_slots; ++slot) {
         const int64_t row = index[slot];
         if (!in_range(row, num_rows)) throw_bad_index(op, "inverse", slot, row, num_rows);

@@ -56,8 +56,9 @@ at::Tensor permute(const at::Tensor& x, const at::Tensor& order, const at::Tenso
   return out;
 }
 
-// gates undefined: all one.
-at::Tensor gather_sum(const at::Tensor& y, const at::Tensor& inverse, const at::Tensor& gates) {
+// gates undefined: all one; residual undefined: zeros.
+at::Tensor gather_sum(const at::Tensor& y, const at::Tensor& inverse, const at::Tensor& gates,
+                      const at::Tensor& residual) {
   const c10::cuda::CUDAGuard guard(y.device());
   const auto y_dense = with_dense_rows(y);
   const auto inverse_dense = inverse.contiguous();
@@ -68,8 +69,10 @@ at::Tensor gather_sum(const at::Tensor& y, const at::Tensor& inverse, const at::
       .y = y_dense.const_data_ptr(),
       .inverse = inverse_dense.const_data_ptr(),
       .gates = gates.defined() ? gates.const_data_ptr() : nullptr,
+      .residual = residual.defined() ? residual.const_data_ptr() : nullptr,
       .out = out.mutable_data_ptr(),
       .y_stride = y_dense.stride(0),
+      .residual_stride = residual.defined() ? residual.stride(0) : 0,
       .width = y.size(1),
       .num_tokens = inverse.size(0),
       .slots_per_token = inverse.size(1),
@@ -81,12 +84,15 @@ at::Tensor gather_sum(const at::Tensor& y, const at::Tensor& inverse, const at::
 
 at::Tensor permute_backward(const at::Tensor& grad, const at::Tensor& order, const at::Tensor& inverse) {
   check_permute_backward("moemm::permute_backward", grad, order, inverse);
-  return gather_sum(grad, inverse, at::Tensor());
+  return gather_sum(grad, inverse, at::Tensor(), at::Tensor());
 }
 
-at::Tensor combine(const at::Tensor& y, const at::Tensor& inverse, const at::Tensor& gates) {
+at::Tensor combine(const at::Tensor& y, const at::Tensor& inverse, const at::Tensor& gates,
+                   const std::optional<at::Tensor>& residual) {
   check_combine("moemm::combine", y, inverse, gates);
-  return gather_sum(y, inverse, gates.to(accumulator_of(y.scalar_type())).contiguous());
+  check_residual("moemm::combine", residual, inverse.size(0), y);
+  const c10::cuda::CUDAGuard guard(y.device());
+  return gather_sum(y, inverse, gates.to(accumulator_of(y.scalar_type())).contiguous(), with_dense_rows(residual));
 }
 
 std::tuple<at::Tensor, at::Tensor> combine_backward(const at::Tensor& grad, const at::Tensor& y,

@@ -1,4 +1,4 @@
-// combine: a gather-sum over a token's rows, in the order of k, and its backward pass. No atomics, no synchronisation.
+// combine: residual plus a gather-sum over a token's rows, in the order of k, and its backward pass. No atomics, no synchronisation.
 #include "combine.cuh"
 #include "common.cuh"
 
@@ -12,9 +12,15 @@ __global__ void combine_kernel(CombineArguments a) {
   const auto* y = static_cast<const scalar_t*>(a.y);
   const auto* inverse = static_cast<const index_t*>(a.inverse);
   const auto* gates = static_cast<const acc_t*>(a.gates);
+  const auto* residual = static_cast<const scalar_t*>(a.residual);
   for (int64_t token = first_row(); token < a.num_tokens; token += row_step()) {
     for (int64_t column = threadIdx.x * count; column < a.width; column += blockDim.x * count) {
       acc_t sums[count] = {};
+      if (residual != nullptr) {
+        const auto values = *reinterpret_cast<const pack_t*>(residual + token * a.residual_stride + column);
+#pragma unroll
+        for (int i = 0; i < count; ++i) sums[i] = widen(values.item[i]);
+      }
 #pragma unroll 4
       for (int64_t k = 0; k < a.slots_per_token; ++k) {
         const int64_t slot = token * a.slots_per_token + k, row = inverse[slot];
@@ -131,7 +137,8 @@ cudaError_t by_element(const Arguments& a, bool wide, cudaStream_t stream) {
 cudaError_t launch_combine(const CombineArguments& a, cudaStream_t stream) {
   if (a.num_tokens == 0 || a.width == 0) return cudaSuccess;
   const int64_t bytes = bytes_of(a.element);
-  return by_element(a, aligned({a.y, a.out}, {a.y_stride * bytes, a.width * bytes}), stream);
+  const bool wide = aligned({a.y, a.residual, a.out}, {a.y_stride * bytes, a.residual_stride * bytes, a.width * bytes});
+  return by_element(a, wide, stream);
 }
 
 cudaError_t launch_combine_backward(const CombineBackwardArguments& a, cudaStream_t stream) {

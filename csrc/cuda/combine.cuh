@@ -10,11 +10,12 @@ namespace moemm::cuda {
 struct CombineArguments {
   Element element;
   Index index;
-  const void* y;        // (R, D), rows y_stride elements apart
-  const void* inverse;  // (T, K)
-  const void* gates;    // (T, K) float, double where y is double; nullptr: all one
-  void* out;            // (T, D)
-  int64_t y_stride, width;
+  const void* y;         // (R, D), rows y_stride elements apart
+  const void* inverse;   // (T, K)
+  const void* gates;     // (T, K) float, double where y is double; nullptr: all one
+  const void* residual;  // (T, D), rows residual_stride elements apart; nullptr: zeros
+  void* out;             // (T, D)
+  int64_t y_stride, residual_stride, width;
   int64_t num_tokens, slots_per_token, num_rows;
 };
 

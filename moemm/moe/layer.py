@@ -60,12 +60,13 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: torch.Tensor, modality_T: torch.Tensor) -> tuple[torch.Tensor, RouterStats | None]:
         """x_TD (T, D), modality_T (T,) int64 -> (T, D), and the router's statistics where there is a router."""
         shared = [network(x_TD) for network in self.shared.values()]
-        if not self.experts:
-            return functools.reduce(torch.add, shared), None
+        shared_TD = functools.reduce(torch.add, shared) if shared else None
+        if shared_TD is not None and not self.experts:
+            return shared_TD, None
         gates_TK, experts_TK, stats = self._slots(x_TD, modality_T)
-        weights = [[getattr(expert, name) for expert in self.experts.values()] for name in ("w1_FD", "w2_DF")]
-        wide_TD = ops.moe_ffn(x_TD, gates_TK, experts_TK, *weights, activation=self.activation)
-        return functools.reduce(torch.add, [*shared, wide_TD]), stats
+        w1, w2 = ([getattr(expert, name) for expert in self.experts.values()] for name in ("w1_FD", "w2_DF"))
+        out_TD = ops.moe_ffn(x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation)
+        return out_TD, stats
 
     def _slots(
         self, x_TD: torch.Tensor, modality_T: torch.Tensor

@@ -69,6 +69,17 @@ def weighted(op: str, y_RD: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: to
     device(op, "gates", gates_TK, y_RD)
 
 
+def residual(op: str, residual_TD: torch.Tensor | None, num_tokens: int, like: torch.Tensor) -> None:
+    """What combine and moe_ffn add to their output."""
+    if residual_TD is None:
+        return
+    rank(op, "residual", residual_TD, "(T, D)")
+    dtype(op, "residual", residual_TD, (like.dtype,))
+    size(op, "residual", residual_TD.shape[0], num_tokens, "T (the tokens of the output)")
+    size(op, "residual", residual_TD.shape[1], like.shape[1], "D (the columns of the first argument)")
+    device(op, "residual", residual_TD, like)
+
+
 def experts(op: str, experts_TK: torch.Tensor, num_experts: int, alignment: int) -> None:
     """Arguments of plan."""
     rank(op, "experts", experts_TK, "(T, K)")

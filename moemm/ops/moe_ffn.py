@@ -25,11 +25,12 @@ def moe_ffn(
     w2: Weights,
     b1: Weights = (),
     b2: Weights = (),
+    residual_TD: torch.Tensor | None = None,
     *,
     activation: Activation,
     recompute: bool = False,
 ) -> torch.Tensor:
-    """out[t] = sum over k of gates[t, k] * expert[experts[t, k]](x[t]): (T, D) -> (T, D).
+    """out[t] = residual[t] + sum over k of gates[t, k] * expert[experts[t, k]](x[t]): (T, D) -> (T, D).
 
     The same as plan, permute, grouped_mlp and combine, whose arguments these are, without what need not exist: on the
     CPU rows are gathered a tile at a time, and neither the experts' outputs nor the permuted rows are kept. A slot with
@@ -40,28 +41,30 @@ def moe_ffn(
     """
     check.mlp("moe_ffn", x_TD, w1, w2, b1, b2, activation)
     check.slots("moe_ffn", x_TD, gates_TK, experts_TK)
+    check.residual("moe_ffn", residual_TD, x_TD.shape[0], x_TD)
     if COMPILED and not x_TD.is_cuda:
         lists = [list(one) for one in (w1, w2, b1, b2)]
         options: dict[str, Any] = {"activation": activation, "recompute": recompute}
-        out_TD, _ = torch.ops.moemm.moe_ffn(x_TD, gates_TK, experts_TK, *lists, **options)
+        out_TD, _ = torch.ops.moemm.moe_ffn(x_TD, gates_TK, experts_TK, *lists, residual_TD, **options)
         return out_TD
     made = plan(experts_TK, num_experts=len(w1))
     x_RD = permute(x_TD, made.order_R, made.inverse_TK)
     y_RD = grouped_mlp(x_RD, made.offsets_E1, w1, w2, b1, b2, activation=activation, recompute=recompute)
-    return combine(y_RD, made.inverse_TK, gates_TK)
+    return combine(y_RD, made.inverse_TK, gates_TK, residual_TD)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    x_TD, gates_TK, experts_TK, *lists = inputs
+    x_TD, gates_TK, experts_TK, *lists, residual_TD = inputs
     save_lists(ctx, (output[1], x_TD, gates_TK, experts_TK), lists)
-    ctx.activation = keyword_only_inputs["activation"]
+    ctx.activation, ctx.has_residual = keyword_only_inputs["activation"], residual_TD is not None
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad_TD: torch.Tensor, _hidden: Any) -> tuple[Any, ...]:
     tensors, lists = restore_lists(ctx)
     dx_TD, dgates_TK, *grads = torch.ops.moemm.moe_ffn_backward(grad_TD, *tensors, *lists, activation=ctx.activation)
-    return dx_TD, dgates_TK, None, *grads
+    # The dispatcher leaves out a last argument that has its default, and torch wants as many gradients as arguments.
+    return dx_TD, dgates_TK, None, *grads, *([grad_TD] if ctx.has_residual else [])
 
 
 def _fake(

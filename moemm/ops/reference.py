@@ -77,12 +77,18 @@ def permute(x_TD: torch.Tensor, order_R: torch.Tensor, inverse_TK: torch.Tensor)
     return _take(x_TD.to(exact), token_R).to(x_TD.dtype)
 
 
-def combine(y_RD: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+def combine(
+    y_RD: torch.Tensor,
+    inverse_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    residual_TD: torch.Tensor | None = None,
+) -> torch.Tensor:
     """A token's rows, weighted and summed: (R, D) -> (T, D); see moemm.ops.combine."""
     exact = torch.promote_types(y_RD.dtype, torch.float32)
     rows_TKD = _take(y_RD, inverse_TK.flatten()).view(*inverse_TK.shape, y_RD.shape[1])
     gates_TK = gates_TK.masked_fill(inverse_TK < 0, 0.0)
-    return (rows_TKD.to(exact) * gates_TK.to(exact).unsqueeze(-1)).sum(dim=1).to(y_RD.dtype)
+    sum_TD = (rows_TKD.to(exact) * gates_TK.to(exact).unsqueeze(-1)).sum(dim=1)
+    return (sum_TD if residual_TD is None else residual_TD.to(exact) + sum_TD).to(y_RD.dtype)
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:
@@ -125,14 +131,19 @@ def moe_ffn(
     x_TD: torch.Tensor,
     gates_TK: torch.Tensor,
     experts_TK: torch.Tensor,
-    *weights: Sequence[torch.Tensor],
+    w1: Sequence[torch.Tensor],
+    w2: Sequence[torch.Tensor],
+    b1: Sequence[torch.Tensor] = (),
+    b2: Sequence[torch.Tensor] = (),
+    residual_TD: torch.Tensor | None = None,
+    *,
     activation: str,
     recompute: bool = False,
 ) -> torch.Tensor:
     """plan, permute, grouped_mlp and combine, one after another; see moemm.ops.moe_ffn."""
-    _, offsets_E1, order_R, inverse_TK = plan(experts_TK, num_experts=len(weights[0]))
-    y_RD = grouped_mlp(permute(x_TD, order_R, inverse_TK), offsets_E1, *weights, activation=activation)
-    return combine(y_RD, inverse_TK, gates_TK)
+    _, offsets_E1, order_R, inverse_TK = plan(experts_TK, num_experts=len(w1))
+    y_RD = grouped_mlp(permute(x_TD, order_R, inverse_TK), offsets_E1, w1, w2, b1, b2, activation=activation)
+    return combine(y_RD, inverse_TK, gates_TK, residual_TD)
 
 
 def _take(table_ND: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:

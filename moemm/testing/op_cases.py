@@ -159,12 +159,18 @@ def _permute(case: OpCase, generator: torch.Generator) -> Arguments:
     return _rows(case, case.shape[0], generator), order_R, inverse_TK
 
 
+def _residual(case: OpCase, generator: torch.Generator) -> torch.Tensor | None:
+    """With plans "one" and "dropped"."""
+    return _rows(case, case.shape[0], generator) if case.plan in ("one", "dropped") else None
+
+
 def _combine(case: OpCase, generator: torch.Generator) -> Arguments:
     """bfloat16 rows meet float32 gates with int64 indices, and bfloat16 ones with int32."""
     order_R, inverse_TK = _plan(case, generator)
     gates_TK = torch.rand(inverse_TK.shape, generator=generator)
     mixed = case.dtype == torch.bfloat16 and case.index == torch.int64
-    return _rows(case, len(order_R), generator), inverse_TK, gates_TK if mixed else gates_TK.to(case.dtype)
+    gates_TK = gates_TK if mixed else gates_TK.to(case.dtype)
+    return _rows(case, len(order_R), generator), inverse_TK, gates_TK, _residual(case, generator)
 
 
 def _experts(case: OpCase, generator: torch.Generator) -> Arguments:
@@ -221,7 +227,8 @@ def _moe_ffn(case: OpCase, generator: torch.Generator) -> Arguments:
     gates_TK = torch.rand(experts_TK.shape, generator=generator)
     mixed = case.dtype == torch.bfloat16 and case.index == torch.int64
     x_TD = _rows(case, case.shape[0], generator)
-    return x_TD, gates_TK if mixed else gates_TK.to(case.dtype), experts_TK, *_weights(case, generator)
+    gates_TK = gates_TK if mixed else gates_TK.to(case.dtype)
+    return x_TD, gates_TK, experts_TK, *_weights(case, generator), _residual(case, generator)
 
 
 def _grouped_mlp(case: OpCase, generator: torch.Generator) -> Arguments:

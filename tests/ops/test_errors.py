@@ -42,6 +42,12 @@ COMBINE = {
     "gates must be of type bfloat16, float32, but is float64": (Y.bfloat16(), INVERSE, GATES.double()),
     "inverse is on meta": (Y, INVERSE.to("meta"), GATES),
     "gates is on meta": (Y, INVERSE, GATES.to("meta")),
+    "residual must have shape (T, D)": (Y, INVERSE, GATES, X[0]),
+    "residual must have 4 entries along T": (Y, INVERSE, GATES, X[:3]),
+    "residual must have 6 entries along D": (Y, INVERSE, GATES, X[:, :5]),
+    "residual must be of type float32, but is float64": (Y, INVERSE, GATES, X.double()),
+    "residual must be of type bfloat16, but is float32": (Y.bfloat16(), INVERSE, GATES, X),
+    "residual is on meta": (Y, INVERSE, GATES, X.to("meta")),
 }
 EXPERTS = torch.zeros(T, K, dtype=torch.int64)
 PLAN = {
@@ -89,6 +95,8 @@ FFN = {
     "gates must have 2 entries along K": (X, GATES[:, :1], EXPERTS, W1, W2, [], []),
     "w1 of expert 0 must have shape": (X[:, :5], GATES, EXPERTS, W1, W2, [], []),
     "gates is on meta": (X, GATES.to("meta"), EXPERTS, W1, W2, [], []),
+    "residual must have 4 entries along T": (X, GATES, EXPERTS, W1, W2, [], [], Y),
+    "residual must be of type float32, but is bfloat16": (X, GATES, EXPERTS, W1, W2, [], [], X.bfloat16()),
 }
 OPTIONS = {"plan": {"num_experts": 3}, "route_topk": {"top_k": 2, "kind": "softmax", "renormalise": False}}
 OPTIONS |= {op: {"activation": "swiglu", "recompute": False} for op in ("grouped_mlp", "moe_ffn")}

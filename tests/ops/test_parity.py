@@ -61,6 +61,16 @@ def test_dropped_slots_ignore_their_gate() -> None:
     assert gates_TK.grad is not None and gates_TK.grad.tolist() == [[3.0, 0.0]]
 
 
+def test_a_residual_is_rounded_with_the_sum_and_its_gradient_is_the_output_s() -> None:
+    """In bfloat16 1 + 2^-9 is 1: rounded before the residual is added, the small row would be lost."""
+    y_RD = torch.tensor([[1.0], [2.0**-9]]).bfloat16()
+    residual_TD = torch.full((1, 1), -1.0).bfloat16().requires_grad_()
+    out_TD = ops.combine(y_RD, torch.tensor([[0, 1]]), torch.ones(1, 2), residual_TD)
+    assert out_TD.item() == 2.0**-9
+    out_TD.backward(torch.full((1, 1), 0.5).bfloat16())
+    assert residual_TD.grad is not None and residual_TD.grad.item() == 0.5
+
+
 def test_combine_undoes_permute() -> None:
     for shape in SHAPES:
         case = OpCase("permute", shape, torch.float64, torch.int64, "dense", "padded")

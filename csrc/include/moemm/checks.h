@@ -54,6 +54,10 @@ inline at::Tensor with_dense_rows(const at::Tensor& tensor) {
   return dense ? tensor : tensor.contiguous();
 }
 
+inline at::Tensor with_dense_rows(const std::optional<at::Tensor>& tensor) {
+  return tensor ? with_dense_rows(*tensor) : at::Tensor();
+}
+
 // What permute and its backward pass demand of a plan.
 inline void check_plan(const char* op, const at::Tensor& order, const at::Tensor& inverse, const at::Tensor& like) {
   MOEMM_CHECK_RANK(order, 1, "(R,)");
@@ -94,6 +98,18 @@ inline void check_combine(const char* op, const at::Tensor& y, const at::Tensor&
               ": gates must be float64 like y, but is ", gates.scalar_type());
   check_device(op, "inverse", inverse, y);
   check_device(op, "gates", gates, y);
+}
+
+// What is added to an output of (T, D): inverse or x has the T rows, `like` the type, device and D columns.
+inline void check_residual(const char* op, const std::optional<at::Tensor>& given, int64_t num_tokens,
+                           const at::Tensor& like) {
+  if (!given) return;
+  const at::Tensor& residual = *given;
+  MOEMM_CHECK_RANK(residual, 2, "(T, D)");
+  MOEMM_CHECK_SIZE(residual, 0, num_tokens, "T");
+  MOEMM_CHECK_SIZE(residual, 1, like.size(1), "D");
+  check_same_type(op, "residual", residual, like);
+  check_device(op, "residual", residual, like);
 }
 
 inline void check_combine_backward(const char* op, const at::Tensor& grad, const at::Tensor& y,
