@@ -41,6 +41,7 @@ std::tuple<at::Tensor, at::Tensor> moe_ffn(const at::Tensor& x, const at::Tensor
                                            bool recompute) {
   constexpr const char* op = "moemm::moe_ffn";
   check_moe_ffn(op, x, gates, experts, w1.size());
+  check_plan_rows(op, experts, static_cast<int64_t>(w1.size()), kAlignment);
   check_residual(op, residual, x.size(0), x);
   const Experts networks(op, w1, w2, b1, b2, activation, x);
   const auto x_dense = with_dense_rows(x), residual_dense = with_dense_rows(residual);
@@ -87,6 +88,7 @@ Gradients moe_ffn_backward(const at::Tensor& grad, const at::Tensor& z, const at
                            at::TensorList b2, c10::string_view activation) {
   constexpr const char* op = "moemm::moe_ffn_backward";
   check_moe_ffn(op, x, gates, experts, w1.size());
+  check_plan_rows(op, experts, static_cast<int64_t>(w1.size()), kAlignment);
   check_gradient(op, grad, x);
   const Experts networks(op, w1, w2, b1, b2, activation, x);
   check_hidden(op, z, hidden_shape(networks, experts.numel()), x);

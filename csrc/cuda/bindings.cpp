@@ -156,16 +156,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan(const at::Tensor
   return {counts, offsets, order, inverse};
 }
 
-void check_route_size(const char* op, const at::Tensor& logits) {
+void check_route_size(const char* op, const at::Tensor& logits, const at::Tensor& allowed) {
   TORCH_CHECK(logits.size(1) <= kMaxRouteExperts, op, ": on CUDA there are at most ", kMaxRouteExperts,
               " experts, but logits has ", logits.size(1));
+  TORCH_CHECK(allowed.size(0) <= kMaxRouteModalities, op, ": on CUDA there are at most ", kMaxRouteModalities,
+              " modalities, but allowed has ", allowed.size(0));
 }
 
 RouteOutputs route_topk(const at::Tensor& logits, const at::Tensor& modality, const at::Tensor& allowed,
                         const std::optional<at::Tensor>& bias, int64_t top_k, c10::string_view kind, bool renormalise) {
   constexpr const char* op = "moemm::route_topk";
   check_route(op, logits, modality, allowed, bias, top_k, kind);
-  check_route_size(op, logits);
+  check_route_size(op, logits, allowed);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto logits_dense = with_dense_rows(logits);
   const auto modality_dense = modality.contiguous(), allowed_dense = allowed.contiguous();
@@ -210,7 +212,7 @@ at::Tensor route_topk_backward(const at::Tensor& dgates, const at::Tensor& dprob
                                const at::Tensor& experts, c10::string_view kind, bool renormalise) {
   constexpr const char* op = "moemm::route_topk_backward";
   check_route_backward(op, dgates, dprob, dz, logits, modality, allowed, experts, kind);
-  check_route_size(op, logits);
+  check_route_size(op, logits, allowed);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto logits_dense = with_dense_rows(logits);
   const auto dgates_dense = dgates.contiguous(), dprob_dense = dprob.contiguous(), dz_dense = dz.contiguous();

@@ -125,14 +125,14 @@ __global__ void route_kernel(RouteArguments a) {
   }
 }
 
-// One thread an expert, one block a (columns, chunk, modality); the first column's thread also sums z and tokens.
+// One thread an expert, one block a (chunk, columns, modality): only the first may pass 65,535; the first column's thread also sums z and tokens.
 template <typename scalar_t>
 __global__ void statistics_kernel(RouteArguments a) {
   using acc_t = Accumulator<scalar_t>;
-  const int64_t e = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x, modality = blockIdx.z;
+  const int64_t e = static_cast<int64_t>(blockIdx.y) * kColumns + threadIdx.x, modality = blockIdx.z;
   if (e >= a.num_experts) return;
   const bool allowed = a.allowed[modality * a.num_experts + e];
-  const int64_t start = static_cast<int64_t>(blockIdx.y) * kRouteChunk;
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kRouteChunk;
   const int64_t end = start + kRouteChunk < a.num_tokens ? start + kRouteChunk : a.num_tokens;
   acc_t load = 0, prob = 0, z = 0, tokens = 0;
   for (int64_t index = start; index < end; ++index) {
@@ -146,7 +146,7 @@ __global__ void statistics_kernel(RouteArguments a) {
     tokens += 1;
   }
   const int64_t size = a.num_modalities * a.num_experts;
-  auto* out = static_cast<acc_t*>(a.chunks) + blockIdx.y * (2 * size + 2 * a.num_modalities);
+  auto* out = static_cast<acc_t*>(a.chunks) + blockIdx.x * (2 * size + 2 * a.num_modalities);
   out[modality * a.num_experts + e] = load;
   out[size + modality * a.num_experts + e] = prob;
   if (e != 0) return;
@@ -219,7 +219,7 @@ void launch(const RouteArguments& a, cudaStream_t stream) {
   const int64_t num_chunks = (a.num_tokens + kRouteChunk - 1) / kRouteChunk;
   if (num_chunks > 0) {
     route_kernel<scalar_t><<<blocks_for(a.num_tokens), dim3(kWarp, kWarps), 0, stream>>>(a);
-    const dim3 grid(static_cast<unsigned>((a.num_experts + kColumns - 1) / kColumns), static_cast<unsigned>(num_chunks),
+    const dim3 grid(static_cast<unsigned>(num_chunks), static_cast<unsigned>((a.num_experts + kColumns - 1) / kColumns),
                     static_cast<unsigned>(a.num_modalities));
     statistics_kernel<scalar_t><<<grid, kColumns, 0, stream>>>(a);
   }

@@ -8,6 +8,7 @@
 namespace moemm::cuda {
 
 constexpr int64_t kMaxRouteExperts = 2048;  // 64 experts a lane
+constexpr int64_t kMaxRouteModalities = 65535;
 constexpr int64_t kRouteChunk = 512;        // tokens whose sums one block takes
 
 // Sums, gates, bias and gradients are float, double where the logits are double.

@@ -81,7 +81,7 @@ def residual(op: str, residual_TD: torch.Tensor | None, num_tokens: int, like: t
 
 
 def experts(op: str, experts_TK: torch.Tensor, num_experts: int, alignment: int) -> None:
-    """Arguments of plan."""
+    """Arguments of plan, and experts of moe_ffn."""
     rank(op, "experts", experts_TK, "(T, K)")
     dtype(op, "experts", experts_TK, INDICES)
     for name, value in (("num_experts", num_experts), ("alignment", alignment)):
@@ -139,10 +139,8 @@ def offsets(op: str, offsets_E1: torch.Tensor, num_experts: int, like: torch.Ten
 
 
 def slots(op: str, x_TD: torch.Tensor, gates_TK: torch.Tensor, experts_TK: torch.Tensor) -> None:
-    """Gates and experts of moe_ffn."""
+    """Gates of moe_ffn, and how they and its experts fit x."""
     rank(op, "gates", gates_TK, "(T, K)")
-    rank(op, "experts", experts_TK, "(T, K)")
-    dtype(op, "experts", experts_TK, INDICES)
     dtype(op, "gates", gates_TK, (x_TD.dtype, torch.float32) if x_TD.dtype == torch.bfloat16 else (x_TD.dtype,))
     size(op, "experts", experts_TK.shape[0], x_TD.shape[0], "T (the rows of x)")
     size(op, "gates", gates_TK.shape[0], x_TD.shape[0], "T (the rows of x)")

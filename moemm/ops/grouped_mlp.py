@@ -52,7 +52,7 @@ def grouped_mlp(
         lists = [list(one) for one in (w1, w2, b1, b2)]
         y_RD, _ = torch.ops.moemm.grouped_mlp(x_RD, offsets_E1, *lists, activation=activation, recompute=recompute)
         return y_RD
-    if x_RD.is_cuda and can_group(w1, w2, b1, b2):
+    if x_RD.is_cuda and x_RD.shape[0] < 2**31 and can_group(w1, w2, b1, b2):  # grouped_mm's offsets are int32
         return grouped_products(x_RD, offsets_E1, w1, w2, activation=activation)
     return reference.grouped_mlp(x_RD, offsets_E1, w1, w2, b1, b2, activation=activation)
 

@@ -12,7 +12,7 @@ import torch
 from moemm.ops import check
 from moemm.ops.backend import COMPILED
 from moemm.ops.combine import combine
-from moemm.ops.grouped_mlp import Activation, Weights, grouped_mlp, hidden_like, restore_lists, save_lists
+from moemm.ops.grouped_mlp import ALIGNMENT, Activation, Weights, grouped_mlp, hidden_like, restore_lists, save_lists
 from moemm.ops.permute import permute
 from moemm.ops.plan import plan
 
@@ -40,6 +40,7 @@ def moe_ffn(
     traps).
     """
     check.mlp("moe_ffn", x_TD, w1, w2, b1, b2, activation)
+    check.experts("moe_ffn", experts_TK, len(w1), ALIGNMENT)
     check.slots("moe_ffn", x_TD, gates_TK, experts_TK)
     check.residual("moe_ffn", residual_TD, x_TD.shape[0], x_TD)
     if COMPILED and not x_TD.is_cuda:

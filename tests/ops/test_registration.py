@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moemm import ops
+from moemm.errors import KernelError
 from moemm.ops.backend import COMPILED
 from moemm.testing.op_cases import MAKERS, NETWORKS, OpCase, tensors_of
 
@@ -107,18 +108,66 @@ def test_exports() -> None:
     torch.testing.assert_close(exported(*inputs), dispatch(*inputs))
 
 
+def huge(op: str, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any], list[tuple[tuple[int, ...], torch.dtype]]]:
+    """Arguments, options and outputs of a call with more than 2^31 elements in tokens, rows and logits each."""
+    tokens, width, slots, experts = 2**20, 2**12, 3, 2**12
+    rows, wide, ids = tokens * slots, torch.promote_types(dtype, torch.float32), torch.int64
+    x_TD, y_RD = (torch.empty(count, width, dtype=dtype, requires_grad=True) for count in (tokens, rows))
+    gates_TK = torch.empty(tokens, slots, dtype=wide, requires_grad=True)
+    order_R, inverse_TK = torch.empty(rows, dtype=ids), torch.empty(tokens, slots, dtype=ids)
+    offsets_E1, allowed_ME = torch.empty(3, dtype=ids), torch.empty(9, experts, dtype=torch.bool)
+    weights = [
+        [torch.empty(shape, dtype=dtype, requires_grad=True) for _ in range(2)]
+        for shape in ((2**11, width), (width, 2**11), (2**11,), (width,))
+    ]
+    slots_of, per_pair, per_modality = ((tokens, slots), wide), ((9, experts), wide), ((9,), wide)
+    return {
+        "route_topk": (
+            (x_TD, order_R[:tokens], allowed_ME),
+            {"top_k": slots, "kind": "softmax", "renormalise": True},
+            [slots_of, ((tokens, slots), ids), per_pair, per_pair, per_modality, per_modality],
+        ),
+        "plan": (
+            (inverse_TK.expand(2**10, -1, -1).reshape(-1, slots),),
+            {"num_experts": experts, "alignment": 16},
+            [((experts,), ids), ((experts + 1,), ids), ((2**10 * rows + 15 * experts,), ids), ((2**30, slots), ids)],
+        ),
+        "permute": ((x_TD, order_R, inverse_TK), {}, [((rows, width), dtype)]),
+        "combine": ((y_RD, inverse_TK, gates_TK, x_TD), {}, [((tokens, width), dtype)]),
+        "grouped_mlp": ((y_RD, offsets_E1, *weights), {"activation": "gelu"}, [((rows, width), dtype)]),
+        "moe_ffn": (
+            (x_TD, gates_TK, inverse_TK, *weights, torch.empty_like(x_TD, requires_grad=True)),
+            {"activation": "gelu"},
+            [((tokens, width), dtype)],
+        ),
+    }[op]
+
+
 @needs_library
-def test_shapes_beyond_two_to_the_31_elements() -> None:
-    tokens, width, slots = 2**20, 2**12, 2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", MAKERS)
+def test_shapes_beyond_two_to_the_31_elements(op: str, dtype: torch.dtype) -> None:
+    """Forward and backward, by fake tensors: sizes and types, without the memory."""
     with FakeTensorMode():
-        order_R = torch.empty(tokens * slots, dtype=torch.int64)
-        x_RD = ops.permute(torch.empty(tokens, width), order_R, order_R.view(tokens, slots))
-        out_TD = ops.combine(x_RD, order_R.view(tokens, slots), torch.empty(tokens, slots))
-        experts_TK, w1, w2 = order_R.view(tokens, slots), torch.empty(64, width), torch.empty(width, 64)
-        made = ops.plan(experts_TK, num_experts=2**10)
-        ffn_TD = ops.moe_ffn(out_TD, torch.empty(tokens, slots), experts_TK, [w1], [w2], activation="gelu")
-        routed = ops.route_topk(out_TD, order_R[:tokens], torch.empty(9, width, dtype=torch.bool), top_k=2)
-    assert x_RD.shape == (tokens * slots, width)
-    assert made.order_R.shape == (tokens * slots,) and routed.gates_TK.shape == (tokens, 2)
-    assert ffn_TD.shape == (tokens, width)
-    assert out_TD.shape == (tokens, width)
+        given, options, wanted = huge(op, dtype)
+        outputs = tensors_of(getattr(ops, op)(*given, **options))
+        assert [(tuple(out.shape), out.dtype) for out in outputs] == wanted
+        leaves = [one for one in tensors_of(given) if one.requires_grad]
+        assert bool(leaves) == (op in DIFFERENTIABLE)
+        assert max(one.numel() for one in (*outputs, *tensors_of(given))) > 2**31
+        if leaves:
+            differentiable = [out for out in outputs if out.requires_grad]
+            grads = torch.autograd.grad(differentiable, leaves, [torch.ones_like(out) for out in differentiable])
+            assert [(one.shape, one.dtype) for one in grads] == [(one.shape, one.dtype) for one in leaves]
+
+
+@needs_library
+def test_slots_that_int32_cannot_number_are_refused() -> None:
+    experts_TK = torch.zeros(1, 1, dtype=torch.int32).expand(2**31, 1)
+    with pytest.raises(KernelError, match=r"the plan has 2147483648 rows.*give int64 ids"):
+        ops.plan(experts_TK, num_experts=3)
+    with pytest.raises(RuntimeError, match="cannot be counted in Int"):
+        torch.ops.moemm.plan(experts_TK, num_experts=3)
+    with pytest.raises(KernelError, match="give int64 ids"):
+        ops.moe_ffn(torch.zeros(1, 1).expand(2**31, 1), torch.zeros(1, 1).expand(2**31, 1), experts_TK,
+                    [torch.zeros(1, 1)], [torch.zeros(1, 1)], activation="gelu")  # fmt: skip
