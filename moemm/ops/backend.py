@@ -79,6 +79,18 @@ BACKEND = load()
 COMPILED = BACKEND.build is not None
 
 
+def refuse_second_derivative(op: str) -> None:
+    """Makes the derivative of the op's backward pass an error: without a formula torch warns, and gives none."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise KernelError(
+            f"{op} has no second derivative: its compiled backward pass cannot be differentiated. Call "
+            f"moemm.ops.reference.{op}, the same in plain PyTorch, where one is needed (a gradient penalty, a Hessian)."
+        )
+
+    torch.library.register_autograd(f"moemm::{op}_backward", refuse)
+
+
 def backend_info() -> dict[str, Any]:
     """Which implementation of the ops is live, and why not the other.
 

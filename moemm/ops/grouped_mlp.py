@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from moemm.ops import check, reference
-from moemm.ops.backend import COMPILED
+from moemm.ops.backend import COMPILED, refuse_second_derivative
 
 Activation = Literal["gelu", "relu2", "swiglu"]
 Weights = Sequence[torch.Tensor]
@@ -42,7 +42,7 @@ def grouped_mlp(
 
     The CPU keeps x and the pre-activations (R, H) for the backward pass, no more. On CUDA torch's grouped products run
     where weights allow (bfloat16, equal widths, no bias, rows of a multiple of 16 bytes), else a loop of products, and
-    torch's autograd decides what is kept. There is no second derivative.
+    torch's autograd decides what is kept. The CPU has no second derivative: asking for one is a KernelError.
 
     Raises KernelError for wrong shapes, types or devices, IndexError for offsets out of range (CPU).
     """
@@ -132,3 +132,4 @@ if COMPILED:
     torch.library.register_fake("moemm::grouped_mlp", _fake)
     torch.library.register_fake("moemm::grouped_mlp_backward", _fake_backward)
     torch.library.register_autograd("moemm::grouped_mlp", _backward, setup_context=_save)
+    refuse_second_derivative("grouped_mlp")

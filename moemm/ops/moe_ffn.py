@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moemm.ops import check
-from moemm.ops.backend import COMPILED
+from moemm.ops.backend import COMPILED, refuse_second_derivative
 from moemm.ops.combine import combine
 from moemm.ops.grouped_mlp import ALIGNMENT, Activation, Weights, grouped_mlp, hidden_like, restore_lists, save_lists
 from moemm.ops.permute import permute
@@ -34,7 +34,8 @@ def moe_ffn(
 
     The same as plan, permute, grouped_mlp and combine, whose arguments these are, without what need not exist: on the
     CPU rows are gathered a tile at a time, and neither the experts' outputs nor the permuted rows are kept. A slot with
-    id -1 adds nothing, and its gate's gradient is zero. There is no second derivative.
+    id -1 adds nothing, and its gate's gradient is zero. The CPU has no second derivative: asking for one is a
+    KernelError.
 
     Raises KernelError for wrong shapes, types or devices, IndexError for an id out of range (CPU; on CUDA the kernel
     traps).
@@ -85,3 +86,4 @@ if COMPILED:
     torch.library.register_fake("moemm::moe_ffn", _fake)
     torch.library.register_fake("moemm::moe_ffn_backward", _fake_backward)
     torch.library.register_autograd("moemm::moe_ffn", _backward, setup_context=_save)
+    refuse_second_derivative("moe_ffn")

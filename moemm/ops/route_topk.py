@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from moemm.ops import check, reference
-from moemm.ops.backend import COMPILED
+from moemm.ops.backend import COMPILED, refuse_second_derivative
 
 Kind = Literal["softmax", "sigmoid"]
 
@@ -53,8 +53,8 @@ def route_topk(
 
     Equal logits: the lower id comes first. NaN logits: still distinct allowed ids, the gates are NaN.
 
-    Raises KernelError for wrong shapes, types or devices, IndexError for a modality out of range, ValueError for a
-    token whose modality has no allowed expert (CPU; on CUDA the kernel traps).
+    Raises KernelError for wrong shapes, types or devices and where a second derivative is asked for, IndexError for a
+    modality out of range, ValueError for a token whose modality has no allowed expert (CPU; on CUDA the kernel traps).
     """
     check.route("route_topk", logits_TE, modality_T, allowed_ME, bias_E, top_k, kind)
     function = torch.ops.moemm.route_topk if COMPILED else reference.route_topk
@@ -100,3 +100,4 @@ if COMPILED:
     torch.library.register_fake("moemm::route_topk", _fake)
     torch.library.register_fake("moemm::route_topk_backward", _fake_backward)
     torch.library.register_autograd("moemm::route_topk", _backward, setup_context=_save)
+    refuse_second_derivative("route_topk")

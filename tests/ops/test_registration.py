@@ -80,6 +80,25 @@ def test_gradcheck(op: str, plan: str) -> None:
             assert torch.autograd.gradgradcheck(function, flat)
 
 
+@needs_library
+@pytest.mark.parametrize("op", ["route_topk", "grouped_mlp", "moe_ffn"])
+def test_a_second_derivative_is_refused_and_the_reference_has_it(op: str) -> None:
+    case = OpCase(op, (4, 3, 2, 3), torch.float64, torch.int64, "dense", "full")
+
+    def penalty(module: Any) -> torch.Tensor:
+        """Through the gradient of one argument alone: every path has to notice."""
+        given = case.arguments()
+        outputs = tensors_of(getattr(module, op)(*given, **case.options))
+        total = sum(out.square().sum() for out in outputs if out.requires_grad)
+        (grad,) = torch.autograd.grad(total, given[0], create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), given[0])
+        return second
+
+    with pytest.raises(KernelError, match=rf"{op} has no second derivative.*moemm\.ops\.reference\.{op}"):
+        penalty(ops)
+    assert penalty(ops.reference).abs().max() > 0
+
+
 def dispatch(
     x_TD: torch.Tensor, order_R: torch.Tensor, inverse_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
