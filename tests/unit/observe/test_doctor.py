@@ -135,11 +135,36 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.status == "problem" and "GPU 0: Thing, but torch" in finding.text
 
 
-def test_ops_that_disagree_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("op", ["route_topk", "plan", "permute", "grouped_mlp", "combine", "moe_ffn"])
+def test_an_op_that_disagrees_is_noticed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = pytest.importorskip("moemm.ops")
-    monkeypatch.setattr(ops, "combine", lambda *arguments: ops.reference.combine(*arguments) * 1.01)
+    assert selftest.ops_agree()[0].status == "ok"
+    right = getattr(ops.reference, op)
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        out = right(*arguments, **options)
+        return (out[0] + 1, *out[1:]) if isinstance(out, tuple) else out * 1.01
+
+    monkeypatch.setattr(ops, op, wrong)
     (finding,) = selftest.ops_agree()
     assert finding.status == "problem" and "differ" in finding.text
+
+
+@pytest.mark.parametrize("op", ["route_topk", "permute", "grouped_mlp", "combine", "moe_ffn"])
+def test_a_gradient_that_disagrees_is_noticed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = pytest.importorskip("moemm.ops")
+    right = getattr(ops.reference, op)
+
+    def scaled(out: Any) -> Any:
+        """The same value, 1.01 times the gradient."""
+        return out.detach() + 1.01 * (out - out.detach()) if out.requires_grad else out
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        out = right(*arguments, **options)
+        return tuple(map(scaled, out)) if isinstance(out, tuple) else scaled(out)
+
+    monkeypatch.setattr(ops, op, wrong)
+    assert selftest.ops_agree()[0].status == "problem"
 
 
 def test_ops_in_plain_pytorch_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
