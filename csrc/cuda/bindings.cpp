@@ -11,6 +11,7 @@
 #include "combine.cuh"
 #include "moemm/checks.h"
 #include "moemm/dispatch.h"
+#include "moemm/route.h"
 #include "permute.cuh"
 #include "plan.cuh"
 #include "route_topk.cuh"
@@ -173,12 +174,10 @@ RouteOutputs route_topk(const at::Tensor& logits, const at::Tensor& modality, co
   const auto modality_dense = modality.contiguous(), allowed_dense = allowed.contiguous();
   const auto wide = logits.options().dtype(accumulator_of(logits.scalar_type()));
   const auto bias_dense = bias ? bias->to(wide.dtype()).contiguous() : at::Tensor();
-  const int64_t num_tokens = logits.size(0), num_modalities = allowed.size(0), size = allowed.numel();
-  auto gates = at::empty({num_tokens, top_k}, wide);
-  auto experts = at::empty({num_tokens, top_k}, logits.options().dtype(at::kLong));
+  const int64_t num_tokens = logits.size(0);
+  RouteResults results(logits, allowed, top_k);
   auto rows = at::empty({num_tokens, 2}, wide);
-  auto sums = at::empty({2 * size + 2 * num_modalities}, wide);
-  auto chunks = at::empty({(num_tokens + kRouteChunk - 1) / kRouteChunk, sums.numel()}, wide);
+  auto chunks = at::empty({(num_tokens + kRouteChunk - 1) / kRouteChunk, results.sums.numel()}, wide);
   const RouteArguments arguments{
       .element = element_of(logits),
       .sigmoid = kind == "sigmoid",
@@ -187,24 +186,19 @@ RouteOutputs route_topk(const at::Tensor& logits, const at::Tensor& modality, co
       .modality = modality_dense.const_data_ptr<int64_t>(),
       .allowed = allowed_dense.const_data_ptr<bool>(),
       .bias = bias ? bias_dense.const_data_ptr() : nullptr,
-      .gates = gates.mutable_data_ptr(),
-      .experts = experts.mutable_data_ptr<int64_t>(),
+      .gates = results.gates.mutable_data_ptr(),
+      .experts = results.experts.mutable_data_ptr<int64_t>(),
       .rows = rows.mutable_data_ptr(),
       .chunks = chunks.mutable_data_ptr(),
-      .sums = sums.mutable_data_ptr(),
+      .sums = results.sums.mutable_data_ptr(),
       .logits_stride = logits_dense.stride(0),
       .num_tokens = num_tokens,
       .num_experts = logits.size(1),
-      .num_modalities = num_modalities,
+      .num_modalities = allowed.size(0),
       .top_k = top_k,
   };
   C10_CUDA_CHECK(launch_route_topk(arguments, c10::cuda::getCurrentCUDAStream()));
-  return {gates,
-          experts,
-          sums.narrow(0, 0, size).view(allowed.sizes()).clone(),
-          sums.narrow(0, size, size).view(allowed.sizes()).clone(),
-          sums.narrow(0, 2 * size, num_modalities).clone(),
-          sums.narrow(0, 2 * size + num_modalities, num_modalities).clone()};
+  return results.outputs(allowed);
 }
 
 at::Tensor route_topk_backward(const at::Tensor& dgates, const at::Tensor& dprob, const at::Tensor& dz,

@@ -1,4 +1,5 @@
-// combine: residual plus a gather-sum over a token's rows, in the order of k, and its backward pass. No atomics, no synchronisation.
+// combine: residual plus a gather-sum over a token's rows, in the order of k, and its backward pass. No atomics, no
+// synchronisation.
 #include "combine.cuh"
 #include "common.cuh"
 

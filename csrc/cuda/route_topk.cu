@@ -125,7 +125,8 @@ __global__ void route_kernel(RouteArguments a) {
   }
 }
 
-// One thread an expert, one block a (chunk, columns, modality): only the first may pass 65,535; the first column's thread also sums z and tokens.
+// One thread an expert, one block a (chunk, columns, modality): only the first grid dimension may pass 65,535. The first
+// column's thread also sums z and tokens.
 template <typename scalar_t>
 __global__ void statistics_kernel(RouteArguments a) {
   using acc_t = Accumulator<scalar_t>;

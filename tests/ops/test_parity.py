@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -93,6 +95,29 @@ def test_equal_logits_take_the_lower_id_first() -> None:
     logits_TE[1, 7] = 1.0
     routed = ops.route_topk(logits_TE, torch.zeros(3, dtype=torch.int64), torch.ones(1, 40, dtype=torch.bool), top_k=3)
     assert routed.experts_TK.tolist() == [[0, 1, 2], [7, 0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("experts", [15, 16, 17, 31, 64, 130])
+def test_many_experts_many_ties(experts: int, dtype: torch.dtype) -> None:
+    """Widths around the kernel's 16 lanes; few distinct values, both zeros, infinities and NaN among them."""
+    generator = torch.Generator().manual_seed(experts)
+    logits_TE = torch.randint(-3, 3, (60, experts), generator=generator).to(dtype) / 4
+    logits_TE[logits_TE == 0] *= -1.0  # negative zeros ...
+    logits_TE[torch.rand(60, experts, generator=generator) < 0.2] = 0.0  # ... equal the others
+    logits_TE[:10][torch.rand(10, experts, generator=generator) < 0.2] = torch.nan
+    logits_TE[10:20][torch.rand(10, experts, generator=generator) < 0.2] = -torch.inf
+    logits_TE[20:30, experts // 2] = torch.inf
+    allowed_ME = torch.rand(3, experts, generator=generator) < 0.7
+    modality_T = torch.arange(60) % 3
+    bias_E = torch.randn(experts, generator=generator)  # without ties: scores may differ in their last bit
+    for top_k, bias in ((1, None), (5, None), (experts, None), (5, bias_E)):
+        given = ops.route_topk(logits_TE, modality_T, allowed_ME, bias, top_k=top_k)
+        options: dict[str, Any] = {"top_k": top_k, "kind": "softmax", "renormalise": False}
+        wanted = reference.route_topk(logits_TE, modality_T, allowed_ME, bias, **options)
+        assert torch.equal(given.experts_TK, wanted[1])
+        torch.testing.assert_close(given.gates_TK, wanted[0], equal_nan=True)
+        torch.testing.assert_close(given.prob_ME, wanted[3], equal_nan=True)
 
 
 def test_plan_is_a_stable_sort_and_its_inverse() -> None:
