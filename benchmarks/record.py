@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "deepspeed", "numpy", "scikit-learn", "h5py")
+PACKAGES = ("torch", "deepspeed", "transformers", "tutel", "numpy", "scikit-learn", "h5py")
 
 
 @dataclass(kw_only=True)
@@ -44,8 +44,21 @@ def reaches(value: float | None, *, better: str, target: float | None) -> bool |
     return value >= target if better == "higher" else value <= target
 
 
-def write(name: str, rows: Sequence[Row], *, seeds: Sequence[int] = (), seconds: float) -> Path:
-    """Write results/NAME.json: the rows, and how, where and with what they were measured."""
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """Rows shown as a table of their own: a line a case, a column a metric. columns: of each head, its metric."""
+
+    title: str
+    columns: dict[str, str]
+
+
+def write(
+    name: str, rows: Sequence[Row], *, seeds: Sequence[int] = (), seconds: float, matrices: Sequence[Matrix] = ()
+) -> Path:
+    """Write results/NAME.json: the rows, and how, where and with what they were measured.
+
+    Rows of no matrix are shown as a list. In the file a row takes one line.
+    """
     record = {
         "name": name,
         "command": " ".join(["python", *map(_relative, sys.orig_argv[1:])]),
@@ -54,11 +67,14 @@ def write(name: str, rows: Sequence[Row], *, seeds: Sequence[int] = (), seconds:
         "versions": versions(),
         "seeds": list(seeds),
         "seconds": round(seconds, 1),
-        "rows": [asdict(row) for row in rows],
     }
+    if matrices:
+        record["matrices"] = [asdict(matrix) for matrix in matrices]
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    head = json.dumps(record, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(asdict(row), ensure_ascii=False)}" for row in rows)
+    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     return path
 
 

@@ -37,16 +37,64 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
 
 
+def listed(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that no matrix of a result shows."""
+    shown = {metric for matrix in result.get("matrices", []) for metric in matrix["columns"].values()}
+    return [row for row in result["rows"] if row["metric"] not in shown]
+
+
+def lines_of(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """Each case that has one of a matrix's metrics, with its row of each column: None where there is none."""
+    found = {(row["case"], row["metric"]): row for row in rows}
+    metrics = list(matrix["columns"].values())
+    names = dict.fromkeys(case for case, metric in found if metric in metrics)
+    return [(case, [found.get((case, metric)) for metric in metrics]) for case in names]
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """A row's value in a matrix, as short as can be; "-" where nothing was measured."""
+    if row is None or row["value"] is None:
+        return "-"
+    return f"{row['value']:,.0f}" if abs(row["value"]) >= 20 else f"{row['value']:.2f}"
+
+
+def summary(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """How many of a matrix's figures meet their targets, by column; empty where none has a target."""
+    columns = zip(*(line for _, line in lines_of(matrix, rows)), strict=True)
+    parts = []
+    for head, column in zip(matrix["columns"], columns, strict=True):
+        verdicts = [row["ok"] for row in column if row is not None and row["ok"] is not None]
+        if verdicts:
+            parts.append(f"{head} {sum(verdicts)} of {len(verdicts)}")
+    return f"Targets met: {', '.join(parts)}." if parts else ""
+
+
+def matrix_markdown(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A matrix as lines of Markdown; figures that miss their targets are bold."""
+    lines = [f"**{matrix['title']}**", "", "| case | " + " | ".join(matrix["columns"]) + " |"]
+    lines.append("| --- |" + " --: |" * len(matrix["columns"]))
+    for case, found in lines_of(matrix, rows):
+        texts = [f"**{cell(row)}**" if row and row["ok"] is False else cell(row) for row in found]
+        lines.append(f"| {case} | " + " | ".join(texts) + " |")
+    told = summary(matrix, rows)
+    return [*lines, "", *([f"{told} Missed ones are bold.", ""] if told else [])]
+
+
 def markdown(result: dict[str, Any]) -> str:
-    """A result as a Markdown table with the command that made it."""
-    lines = ["| " + " | ".join(HEADER) + " |", "| --- | --- | --: | --: | --- |"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
+    """A result as Markdown tables, its matrices first, with the command that made it."""
+    lines = [line for matrix in result.get("matrices", []) for line in matrix_markdown(matrix, result["rows"])]
+    rows = listed(result)
+    if rows:
+        lines += ["| " + " | ".join(HEADER) + " |", "| --- | --- | --: | --: | --- |"]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     place = result["machine"]
     source = f"`{result['command']}`, {place['cores']} cores of {place['cpu']}"
     if place["gpu"]:
         source += f", {place['gpu']}"
     seeds = f", seeds {', '.join(map(str, result['seeds']))}" if result["seeds"] else ""
-    return "\n".join([*lines, "", f"{source}, torch {result['versions']['torch']}{seeds}."])
+    used = [f"{name} {result['versions'][name]}" for name in ("transformers", "tutel") if name in result["versions"]]
+    peers = "".join(f", {one}" for one in used) if result.get("matrices") else ""
+    return "\n".join([*lines, "", f"{source}, torch {result['versions']['torch']}{peers}{seeds}."])
 
 
 def with_tables(text: str) -> str:
@@ -64,20 +112,39 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def show(paths: Sequence[Path]) -> None:
-    """Print results as one table, missed targets first."""
+def show(paths: Sequence[Path], width: int | None = None) -> None:
+    """Print results: lists as one table, missed targets first, then matrices, where a miss is red and has a !."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(width=width)
     table = Table("result", *HEADER)
-    rows = [
-        (json.loads(path.read_text(encoding="utf-8"))["name"], row)
-        for path in paths
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
-    ]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    rows = [(result["name"], row) for result in results for row in listed(result)]
     for name, row in sorted(rows, key=lambda item: {False: 0, None: 2, True: 1}[item[1]["ok"]]):
         table.add_row(name, *cells(row), style="red" if row["ok"] is False else None)
-    Console().print(table)
+    if rows:
+        console.print(table)
+    for result in results:
+        for matrix in result.get("matrices", []):
+            _show_matrix(console, matrix, result["rows"])
+
+
+def _show_matrix(console: Any, matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), title=matrix["title"], title_justify="left")
+    table.add_column("case", no_wrap=True)
+    for head in matrix["columns"]:
+        table.add_column(head, justify="right", min_width=max(map(len, head.split())))
+    for case, found in lines_of(matrix, rows):
+        texts = [f"[red]{cell(row)}![/red]" if row and row["ok"] is False else cell(row) for row in found]
+        table.add_row(case, *texts)
+    console.print()
+    console.print(table)
+    told = summary(matrix, rows)
+    if told:
+        console.print(told)
 
 
 def main() -> None:

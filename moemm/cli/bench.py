@@ -21,7 +21,9 @@ MODULES = {"moe": "benchmarks.moe_layer", "kernels": "benchmarks.kernels"}
 class Bench:
     """Measure on this machine, print a table and write benchmarks/results/. Needs the source folder.
 
-    moe: the experts of a layer against other ways to run them. kernels: each op against a plain copy of its bytes.
+    moe: the experts of a layer against a loop, grouped_mm, Hugging Face, DeepSpeed and Tutel (those that are
+    installed), and a dense network: time, extra memory, busy cores; some fifteen minutes. kernels: each op against a
+    plain copy of its bytes.
     """
 
     name: tyro.conf.Positional[Literal["moe", "kernels"]]
@@ -31,7 +33,7 @@ class Bench:
     """Threads to use; 0 takes what torch takes. With 1 the figures are CPU time, else wall-clock time."""
 
     rounds: int = 7
-    """Rounds that each median is taken over."""
+    """Rounds that each median is taken over; large cases of moe end after three when their time is up."""
 
     def run(self, overrides: Sequence[str]) -> int:
         """Measure; always 0, also where a target is missed."""
