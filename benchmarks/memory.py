@@ -18,7 +18,6 @@ import gc
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +27,6 @@ import torch
 from benchmarks import ways
 from benchmarks.cases import MEMORY, Case
 
-STEPS = 3
 CLEAR_PEAK = "5"  # proc_pid_clear_refs(5)
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -47,12 +45,12 @@ def resident(field: str) -> int:
 
 
 def extra(setting: ways.Setting, way: str) -> int:
-    """Bytes that one step of a way holds at its peak over weights, inputs, output and gradients; median of STEPS."""
+    """Bytes that one step of a way holds at its peak over weights, inputs, output and gradients."""
     run = setting.way(way)
     torch.manual_seed(1)
     routing = setting.case.routing()
     ways.results(setting, run, routing)  # allocates what stays: threads, code, scratch of libraries
-    return int(statistics.median(_extra_of_a_step(setting, run, routing) for _ in range(STEPS)))
+    return _extra_of_a_step(setting, run, routing)  # one is enough: a second gives the same to 1 MB
 
 
 def _extra_of_a_step(setting: ways.Setting, run: ways.libraries.Run, routing: tuple[torch.Tensor, torch.Tensor]) -> int:
