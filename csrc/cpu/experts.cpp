@@ -130,7 +130,7 @@ std::vector<Scratch> make_scratch(const Experts& experts, const at::TensorOption
 
 // Intermediates of a wave of experts, in aligned rows from `first` on.
 struct Wave {
-  at::Tensor x, grad, dz, scaled;
+  at::Tensor x, grad, dx, dz, scaled;
   int64_t first;
 };
 
@@ -162,11 +162,11 @@ void add_bias_to_gate_gradient(const Experts& experts, const Task& task, const a
   }
 }
 
-// Everything of a tile but the gradients of weights, for which it leaves x, grad, dz and scaled in the wave.
+// Everything of a tile but the gradients of weights, for which it leaves x, grad, dz and scaled in the wave, and dx.
 template <typename scalar_t>
 void backward_tile(const Experts& experts, const Rows& rows, const Task& task, const at::Tensor& x,
                    const at::Tensor& saved, const at::Tensor& grad, const std::vector<Accumulator<scalar_t>>& gate,
-                   std::vector<Accumulator<scalar_t>>& dgate, Scratch& scratch, Wave& wave, at::Tensor& dx) {
+                   std::vector<Accumulator<scalar_t>>& dgate, Scratch& scratch, Wave& wave) {
   const int64_t e = task.expert, at = task.begin - wave.first, hidden_rows = experts.w1[e].size(0);
   const int64_t width = experts.w2[e].size(1);
   auto x_tile = block(wave.x, at, task.rows, experts.width), grad_tile = block(wave.grad, at, task.rows, experts.width);
@@ -180,7 +180,7 @@ void backward_tile(const Experts& experts, const Rows& rows, const Task& task, c
   auto dz = block(wave.dz, at, task.rows, hidden_rows), scaled = block(wave.scaled, at, task.rows, width);
   activation_backward<scalar_t>(experts, task, dh, z, gate, dgate, dz, scaled);
   if (!experts.b2.empty()) add_bias_to_gate_gradient<scalar_t>(experts, task, grad_tile, dgate);
-  auto dx_tile = block(dx, task.begin, task.rows, experts.width);
+  auto dx_tile = block(wave.dx, at, task.rows, experts.width);
   at::mm_out(dx_tile, dz, experts.w1[e]);
 }
 
@@ -326,22 +326,23 @@ at::Tensor experts_forward(const Experts& experts, const Rows& rows, const at::T
 template <typename scalar_t>
 ExpertGradients experts_backward(const Experts& experts, const Rows& rows, const at::Tensor& x, const at::Tensor& z,
                                  const at::Tensor& grad, const std::vector<Accumulator<scalar_t>>& gate,
-                                 std::vector<Accumulator<scalar_t>>& dgate) {
+                                 std::vector<Accumulator<scalar_t>>& dgate, const RowSink& sink) {
   const auto options = x.options();
-  ExpertGradients out{at::empty({rows.total(), experts.width}, options), gradients_like(experts.w1, rows),
-                      gradients_like(experts.w2, rows), gradients_like(experts.b1, rows),
-                      gradients_like(experts.b2, rows)};
+  ExpertGradients out{gradients_like(experts.w1, rows), gradients_like(experts.w2, rows),
+                      gradients_like(experts.b1, rows), gradients_like(experts.b2, rows)};
   auto scratch = make_scratch(experts, options, z.size(0) == 0);
   const int64_t held = largest_wave(rows);
-  Wave wave{at::empty({held, experts.width}, options), at::empty({held, experts.width}, options),
-            at::empty({held, experts.max_rows_w1}, options), at::empty({held, experts.max_hidden}, options), 0};
+  const auto held_rows = [&](int64_t width) { return at::empty({held, width}, options); };
+  Wave wave{held_rows(experts.width), held_rows(experts.width), held_rows(experts.width),
+            held_rows(experts.max_rows_w1), held_rows(experts.max_hidden), 0};
   for (int64_t begin = 0, end = 0; begin < experts.size(); begin = end) {
     end = wave_end(rows, begin);
     wave.first = rows.first[begin];
     auto tiles = row_tasks(experts, rows, begin, end);
     run(tiles, [&](const Task& task, int64_t worker) {
-      backward_tile<scalar_t>(experts, rows, task, x, z, grad, gate, dgate, scratch[worker], wave, out.rows);
+      backward_tile<scalar_t>(experts, rows, task, x, z, grad, gate, dgate, scratch[worker], wave);
     });
+    sink(begin, end, wave.dx);
     auto weights = weight_tasks(experts, rows, begin, end);
     run(weights, [&](const Task& task, int64_t) {
       weight_gradient(experts, rows, task, wave, out);
@@ -355,7 +356,7 @@ ExpertGradients experts_backward(const Experts& experts, const Rows& rows, const
   template at::Tensor experts_forward<scalar_t>(const Experts&, const Rows&, const at::Tensor&, at::Tensor&);     \
   template ExpertGradients experts_backward<scalar_t>(                                                            \
       const Experts&, const Rows&, const at::Tensor&, const at::Tensor&, const at::Tensor&,                       \
-      const std::vector<Accumulator<scalar_t>>&, std::vector<Accumulator<scalar_t>>&);
+      const std::vector<Accumulator<scalar_t>>&, std::vector<Accumulator<scalar_t>>&, const RowSink&);
 MOEMM_INSTANTIATE(float)
 MOEMM_INSTANTIATE(double)
 MOEMM_INSTANTIATE(c10::BFloat16)

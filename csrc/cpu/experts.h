@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <string_view>
 #include <vector>
 
@@ -38,9 +39,12 @@ struct Rows {
 };
 
 struct ExpertGradients {
-  at::Tensor rows;  // (aligned rows, D): of the gathered x
   std::vector<at::Tensor> w1, w2, b1, b2;
 };
+
+// Takes the gradients of the gathered x of experts `begin` to `end`: (their aligned rows, D), the first of them being
+// aligned row rows.first[begin]. Called with one run of experts after the other, never at the same time.
+using RowSink = std::function<void(int64_t begin, int64_t end, const at::Tensor& gradients)>;
 
 // Shape of z for `num_rows` rows: known before the counts are, so that a compiler can plan with it.
 std::vector<int64_t> hidden_shape(const Experts& experts, int64_t num_rows);
@@ -53,6 +57,6 @@ at::Tensor experts_forward(const Experts& experts, const Rows& rows, const at::T
 template <typename scalar_t>
 ExpertGradients experts_backward(const Experts& experts, const Rows& rows, const at::Tensor& x, const at::Tensor& z,
                                  const at::Tensor& grad, const std::vector<Accumulator<scalar_t>>& gate,
-                                 std::vector<Accumulator<scalar_t>>& dgate);
+                                 std::vector<Accumulator<scalar_t>>& dgate, const RowSink& sink);
 
 }  // namespace moemm::cpu

@@ -33,20 +33,26 @@ Rows rows_of(const char* op, const at::Tensor& offsets, int64_t num_rows) {
   return rows;
 }
 
-// Aligned rows back to where they came from; rows of no expert are zeros.
-at::Tensor to_source(const at::Tensor& values, const Rows& rows, const at::Tensor& like) {
+// (R, D) whose rows after the last expert's are zeros, and the rest not set.
+at::Tensor make_output(const at::Tensor& like, const Rows& rows) {
   auto out = at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous));
-  const int64_t bytes = like.size(1) * like.element_size();
+  const int64_t used = std::accumulate(rows.count.begin(), rows.count.end(), int64_t(0));
+  out.narrow(0, used, like.size(0) - used).zero_();
+  return out;
+}
+
+// Rows of experts `begin` to `end`, of which values holds the aligned ones, back to where they came from.
+void to_source(const at::Tensor& values, const Rows& rows, int64_t begin, int64_t end, at::Tensor& out) {
+  const int64_t bytes = out.size(1) * out.element_size();
   const auto* from = static_cast<const char*>(values.const_data_ptr());
   auto* to = static_cast<char*>(out.mutable_data_ptr());
-  at::parallel_for(0, rows.total(), grain_of(like.size(1)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (rows.source[row] != kNone) std::memcpy(to + rows.source[row] * bytes, from + row * bytes, bytes);
+  at::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
+    for (int64_t e = first; e < last; ++e) {
+      if (rows.count[e] == 0) continue;
+      const int64_t row = rows.first[e];
+      std::memcpy(to + rows.source[row] * bytes, from + (row - rows.first[begin]) * bytes, rows.count[e] * bytes);
     }
   });
-  const int64_t used = rows.count.empty() ? 0 : std::accumulate(rows.count.begin(), rows.count.end(), int64_t(0));
-  std::memset(to + used * bytes, 0, (like.size(0) - used) * bytes);
-  return out;
 }
 
 std::tuple<at::Tensor, at::Tensor> grouped_mlp(const at::Tensor& x, const at::Tensor& offsets, at::TensorList w1,
@@ -64,7 +70,9 @@ std::tuple<at::Tensor, at::Tensor> grouped_mlp(const at::Tensor& x, const at::Te
   dispatch_values(x, [&]<typename scalar_t>(std::type_identity<scalar_t>) {
     y = experts_forward<scalar_t>(experts, rows, x_dense, z);
   });
-  return {to_source(y, rows, x), z};
+  auto out = make_output(x, rows);
+  to_source(y, rows, 0, experts.size(), out);
+  return {out, z};
 }
 
 using Gradients = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>,
@@ -80,13 +88,17 @@ Gradients grouped_mlp_backward(const at::Tensor& grad, const at::Tensor& z, cons
   check_hidden(op, z, hidden_shape(experts, x.size(0)), x);
   const auto rows = rows_of(op, offsets, x.size(0));
   const auto x_dense = with_dense_rows(x), grad_dense = with_dense_rows(grad);
+  auto dx = make_output(x, rows);
+  const RowSink sink = [&](int64_t begin, int64_t end, const at::Tensor& gradients) {
+    to_source(gradients, rows, begin, end, dx);
+  };
   ExpertGradients out;
   dispatch_values(x, [&]<typename scalar_t>(std::type_identity<scalar_t>) {
     std::vector<Accumulator<scalar_t>> gate(rows.total()), dgate(rows.total());
     for (int64_t row = 0; row < rows.total(); ++row) gate[row] = rows.source[row] == kNone ? 0 : 1;
-    out = experts_backward<scalar_t>(experts, rows, x_dense, z, grad_dense, gate, dgate);
+    out = experts_backward<scalar_t>(experts, rows, x_dense, z, grad_dense, gate, dgate, sink);
   });
-  return {to_source(out.rows, rows, x), out.w1, out.w2, out.b1, out.b2};
+  return {dx, out.w1, out.w2, out.b1, out.b2};
 }
 
 }  // namespace

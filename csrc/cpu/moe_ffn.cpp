@@ -64,10 +64,35 @@ std::tuple<at::Tensor, at::Tensor> moe_ffn(const at::Tensor& x, const at::Tensor
 using Gradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
                              std::vector<at::Tensor>, std::vector<at::Tensor>>;
 
+// sums[i] += row[i]
+template <typename acc_t, typename scalar_t>
+MOEMM_SIMD void add_row(acc_t* sums, const scalar_t* row, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) sums[i] += static_cast<acc_t>(widen(row[i]));
+}
+
+// Adds the gradients of the rows of experts `begin` to `end` to those of their tokens, (T, D). Within an expert rows
+// stand in the order of tokens, so each thread finds those of its own tokens, and a token's sum is always in the order
+// of experts.
+template <typename scalar_t>
+void add_to_tokens(const Rows& rows, int64_t begin, int64_t end, const at::Tensor& gradients, at::Tensor& sums) {
+  using acc_t = Accumulator<scalar_t>;
+  const int64_t width = sums.size(1), stride = gradients.stride(0);
+  const auto* from = gradients.const_data_ptr<scalar_t>();
+  auto* to = sums.mutable_data_ptr<acc_t>();
+  at::parallel_for(0, sums.size(0), grain_of(width), [&](int64_t first, int64_t last) {
+    for (int64_t e = begin; e < end; ++e) {
+      const auto start = rows.source.begin() + rows.first[e], stop = start + rows.count[e];
+      for (auto it = std::lower_bound(start, stop, first); it != stop && *it < last; ++it) {
+        add_row(to + *it * width, from + (it - rows.source.begin() - rows.first[begin]) * stride, width);
+      }
+    }
+  });
+}
+
 // Between slots, where gates live, and rows.
 template <typename scalar_t, typename index_t>
 ExpertGradients backward(const Experts& networks, const Dispatch& made, const at::Tensor& x, const at::Tensor& z,
-                         const at::Tensor& grad, const at::Tensor& gates, at::Tensor& dgates) {
+                         const at::Tensor& grad, const at::Tensor& gates, at::Tensor& dgates, at::Tensor& dx) {
   using acc_t = Accumulator<scalar_t>;
   std::vector<acc_t> gate(made.rows.total(), 0), dgate(made.rows.total());
   const auto* order = made.plan.order.const_data_ptr<index_t>();
@@ -75,7 +100,10 @@ ExpertGradients backward(const Experts& networks, const Dispatch& made, const at
   for (int64_t row = 0; row < made.rows.total(); ++row) {
     if (order[row] != kNone) gate[row] = given[order[row]];
   }
-  auto out = experts_backward<scalar_t>(networks, made.rows, x, z, grad, gate, dgate);
+  const RowSink sink = [&](int64_t begin, int64_t end, const at::Tensor& gradients) {
+    add_to_tokens<scalar_t>(made.rows, begin, end, gradients, dx);
+  };
+  auto out = experts_backward<scalar_t>(networks, made.rows, x, z, grad, gate, dgate, sink);
   auto* to = dgates.mutable_data_ptr<acc_t>();
   for (int64_t row = 0; row < made.rows.total(); ++row) {
     if (order[row] != kNone) to[order[row]] = dgate[row];
@@ -94,16 +122,15 @@ Gradients moe_ffn_backward(const at::Tensor& grad, const at::Tensor& z, const at
   check_hidden(op, z, hidden_shape(networks, experts.numel()), x);
   const auto x_dense = with_dense_rows(x), grad_dense = with_dense_rows(grad);
   const auto gates_dense = gates.to(accumulator_of(x.scalar_type())).contiguous();
-  auto dx = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  auto dx = at::zeros(x.sizes(), gates_dense.options());
   auto dgates = at::zeros(gates.sizes(), gates_dense.options());
   ExpertGradients out;
   dispatch(x, experts,
            [&]<typename scalar_t, typename index_t>(std::type_identity<scalar_t>, std::type_identity<index_t>) {
              const auto made = make_dispatch<index_t>(op, experts, networks.size());
-             out = backward<scalar_t, index_t>(networks, made, x_dense, z, grad_dense, gates_dense, dgates);
-             gather_sum<scalar_t, index_t>(op, out.rows, made.plan.inverse, nullptr, at::Tensor(), dx);
+             out = backward<scalar_t, index_t>(networks, made, x_dense, z, grad_dense, gates_dense, dgates, dx);
            });
-  return {dx, dgates.to(gates.scalar_type()), out.w1, out.w2, out.b1, out.b2};
+  return {dx.to(x.scalar_type()), dgates.to(gates.scalar_type()), out.w1, out.w2, out.b1, out.b2};
 }
 
 }  // namespace

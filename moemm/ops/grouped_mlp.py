@@ -108,10 +108,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
     save_lists(ctx, (output[1], x_RD, offsets_E1), lists)
     ctx.activation = keyword_only_inputs["activation"]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the hidden rows would get a gradient of zeros as large as they are
 
 
-def _backward(ctx: Any, grad_RD: torch.Tensor, _hidden: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_RD: torch.Tensor | None, _hidden: Any) -> tuple[Any, ...]:
     tensors, lists = restore_lists(ctx)
+    if grad_RD is None:
+        return (None, None, *([None] * len(one) for one in lists))
     dx_RD, *grads = torch.ops.moemm.grouped_mlp_backward(grad_RD, *tensors, *lists, activation=ctx.activation)
     return dx_RD, None, *grads
 

@@ -60,10 +60,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
     save_lists(ctx, (output[1], x_TD, gates_TK, experts_TK), lists)
     ctx.activation, ctx.has_residual = keyword_only_inputs["activation"], residual_TD is not None
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the hidden rows would get a gradient of zeros as large as they are
 
 
-def _backward(ctx: Any, grad_TD: torch.Tensor, _hidden: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_TD: torch.Tensor | None, _hidden: Any) -> tuple[Any, ...]:
     tensors, lists = restore_lists(ctx)
+    if grad_TD is None:
+        return (None, None, None, *([None] * len(one) for one in lists), *([None] if ctx.has_residual else []))
     dx_TD, dgates_TK, *grads = torch.ops.moemm.moe_ffn_backward(grad_TD, *tensors, *lists, activation=ctx.activation)
     # The dispatcher leaves out a last argument that has its default, and torch wants as many gradients as arguments.
     return dx_TD, dgates_TK, None, *grads, *([grad_TD] if ctx.has_residual else [])

@@ -190,3 +190,19 @@ def test_slots_that_int32_cannot_number_are_refused() -> None:
     with pytest.raises(KernelError, match="give int64 ids"):
         ops.moe_ffn(torch.zeros(1, 1).expand(2**31, 1), torch.zeros(1, 1).expand(2**31, 1), experts_TK,
                     [torch.zeros(1, 1)], [torch.zeros(1, 1)], activation="gelu")  # fmt: skip
+
+
+@needs_library
+def test_the_backward_pass_allocates_nothing_as_large_as_the_hidden_rows() -> None:
+    """Autograd made a gradient of zeros for them, which nobody read."""
+    tokens, width, hidden, experts = 512, 16, 192, 4
+    x_TD = torch.randn(tokens, width, requires_grad=True)
+    experts_TK = torch.randint(0, experts, (tokens, 1))
+    w1, w2 = ([torch.randn(shape) for _ in range(experts)] for shape in ((hidden, width), (width, hidden)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out_TD = ops.moe_ffn(x_TD, torch.ones(tokens, 1), experts_TK, w1, w2, activation="gelu", recompute=False)
+        out_TD.sum().backward()
+    events = profile.profiler.kineto_results.events()
+    allocated = [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+    large = [size for size in allocated if size >= 4 * tokens * hidden]
+    assert len(large) == 3, "the hidden rows, and of a wave the gradients of them and the scaled activations"
