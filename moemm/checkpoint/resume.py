@@ -15,6 +15,8 @@ from moemm.errors import CheckpointError
 
 _FIXED = ("model.", "modalities.", "data.tasks.", "train.precision")
 """Sections that decide shapes and meaning of the weights: they may not change between save and resume."""
+_FREE = ("model.experts.backend",)
+"""Keys below those that change no meaning: they choose who computes the same."""
 _SHOWN = 8
 
 
@@ -64,7 +66,7 @@ def check_compatible(manifest: Manifest, config: Config, *, world_size: int) -> 
     Raises CheckpointError that names the keys that changed, with both values.
     """
     changed = changed_keys(manifest.config, to_dict(config))
-    fixed = [line for key, line in changed.items() if key.startswith(_FIXED)]
+    fixed = [line for key, line in changed.items() if key.startswith(_FIXED) and key not in _FREE]
     where = f"the checkpoint of step {manifest.step}"
     if fixed:
         shown = "".join(f"\n  {line}" for line in fixed[:_SHOWN])

@@ -64,6 +64,26 @@ def _experts(config: Config) -> Iterator[Problem]:
         yield Problem(path=("model", "experts"), message=message, allowed="at least one of them > 0")
 
 
+def _backend(config: Config) -> Iterator[Problem]:
+    model, experts = config.model, config.model.experts
+    path, name = ("model", "experts", "backend"), experts.backend
+    if name != "auto" and (model.moe == "dense" or not (experts.modality_width or experts.routed)):
+        message = "has nothing to run: there are no modality or routed experts"
+        yield Problem(path=path, message=message, given=name, allowed="auto")
+        return
+    if name != "megablocks":
+        return
+    if config.train.precision != "bf16":
+        message = f"multiplies bfloat16 only, but train.precision is {config.train.precision}"
+        yield Problem(path=path, message=message, given=name, allowed="auto, torch, or train.precision: bf16")
+    if experts.modality_width and experts.routed and experts.modality_width != experts.routed_width:
+        message = (
+            f"multiplies experts of one width, but modality_width is {experts.modality_width} and routed_width "
+            f"{experts.routed_width}"
+        )
+        yield Problem(path=path, message=message, given=name, allowed="auto, torch, or equal widths")
+
+
 def _groups(config: Config) -> Iterator[Problem]:
     experts = config.model.experts
     path = ("model", "experts", "groups")
@@ -194,6 +214,7 @@ RULES: tuple[Rule, ...] = (
     _modality_sections,
     _width,
     _experts,
+    _backend,
     _groups,
     _duration,
     _batch,

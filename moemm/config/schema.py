@@ -15,6 +15,7 @@ Share = Annotated[float, Interval(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Gt(0.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 Count = Annotated[int, Ge(1)]
+ExpertsBackend = Literal["auto", "torch", "megablocks"]
 
 
 @dataclass(kw_only=True)
@@ -101,6 +102,8 @@ class ExpertsConfig:
     """Weight of the load-balance loss, per layer and modality."""
     z_weight: NonNegative = 0.001
     """Weight of the router z-loss, per layer and modality."""
+    backend: ExpertsBackend = "auto"
+    """What runs modality and routed experts: auto, moemm's ops; torch, plain PyTorch; megablocks, its grouped GEMM."""
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,13 @@ class Block(nn.Module):
             width = active_width(config)
             self.ffn: nn.Module = FeedForward(dim, width, activation=config.activation, num_layers=config.layers)
         else:
-            shape = ExpertShape(dim=dim, activation=config.activation, num_layers=config.layers, top_k=experts.top_k)
+            shape = ExpertShape(
+                dim=dim,
+                activation=config.activation,
+                num_layers=config.layers,
+                top_k=experts.top_k,
+                backend=experts.backend,
+            )
             self.ffn = MoELayer(expert_map, shape)
 
     def forward(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moemm import ops
+from moemm.config.schema import ExpertsBackend
+from moemm.moe.backends import expert_runner
 from moemm.moe.expert_map import ExpertMap
 from moemm.moe.experts import FeedForward
 from moemm.moe.router import Router
@@ -27,6 +28,7 @@ class ExpertShape:
     activation: Activation
     num_layers: int
     top_k: int
+    backend: ExpertsBackend = "auto"
 
 
 class MoELayer(nn.Module):
@@ -47,6 +49,7 @@ class MoELayer(nn.Module):
         self.shared = nn.ModuleDict({e.id: _expert(e.width, shape) for e in expert_map.of_kind("shared")})
         dispatched = expert_map.of_kind("modality") + expert_map.of_kind("routed")
         self.experts = nn.ModuleDict({e.id: _expert(e.width, shape) for e in dispatched})
+        self.run_experts = expert_runner(shape.backend, widths=[e.width for e in dispatched])
         self.num_modality_experts = len(expert_map.of_kind("modality"))
         allowed_ME = expert_map.allowed("modality")
         self.register_buffer("own_M", allowed_ME.int().argmax(-1) if allowed_ME.numel() else None, persistent=False)
@@ -65,7 +68,9 @@ class MoELayer(nn.Module):
             return shared_TD, None
         gates_TK, experts_TK, stats = self._slots(x_TD, modality_T)
         w1, w2 = ([getattr(expert, name) for expert in self.experts.values()] for name in ("w1_FD", "w2_DF"))
-        out_TD = ops.moe_ffn(x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation)
+        out_TD = self.run_experts(
+            x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation
+        )
         return out_TD, stats
 
     def _slots(

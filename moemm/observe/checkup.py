@@ -117,11 +117,11 @@ def megablocks() -> list[Finding]:
     """The optional backend: absent, complete, or installed without its compiled ops (pip does that in silence)."""
     if importlib.util.find_spec("megablocks") is None:
         return [Finding(name="megablocks", status="note", text="not installed (optional)", data={"installed": False})]
-    complete = importlib.util.find_spec("megablocks_ops") is not None
+    complete = all(importlib.util.find_spec(name) is not None for name in ("megablocks_ops", "grouped_gemm"))
     data = {"installed": True, "version": _version("megablocks"), "ops": complete}
     if complete:
         return [Finding(name="megablocks", status="ok", text=f"{data['version']}, with its ops", data=data)]
-    advice = "build it where nvcc is: pip install --no-build-isolation --no-deps megablocks"
+    advice = "build it where nvcc is: pip install --no-build-isolation --no-deps megablocks stanford-stk grouped_gemm"
     text = f"{data['version']} is installed, but without its ops: it cannot be used"
     return [Finding(name="megablocks", status="note", text=text, advice=advice, data=data)]
 

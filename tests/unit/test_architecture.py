@@ -40,6 +40,7 @@ OWNERS = {
     "h5py": {"moemm/data/hdf5.py"},
     "deepspeed": {"moemm/train/engine.py", "moemm/checkpoint/store.py"},
     "matplotlib": {"moemm/observe/report.py"},
+    "megablocks": {"moemm/moe/megablocks.py"},
     "moemm._C": {"moemm/ops/backend.py"},
 }
 TORCH_FREE = ("config", "errors", "__init__")

@@ -21,6 +21,26 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"experts": {"routed": 0, "shared_width": 0, "modality_width": 0}}},
         r"model\.experts: leaves no expert at all",
     ),
+    "megablocks in fp32": (
+        {"model": {"experts": {"backend": "megablocks"}}},
+        r"experts\.backend: multiplies bfloat16 only, but train\.precision is fp32",
+    ),
+    "megablocks and two widths": (
+        {
+            "model": {"experts": {"backend": "megablocks", "modality_width": 32, "routed_width": 64}},
+            "train": {"precision": "bf16"},
+            "deepspeed": {"zero_stage": 1},
+        },
+        r"experts\.backend: multiplies experts of one width, but modality_width is 32 and routed_width 64",
+    ),
+    "a backend for a dense model": (
+        {"model": {"moe": "dense", "experts": {"backend": "torch"}}},
+        r"experts\.backend: has nothing to run",
+    ),
+    "a backend for a shared expert alone": (
+        {"model": {"experts": {"backend": "torch", "modality_width": 0, "routed": 0}}},
+        r"experts\.backend: has nothing to run",
+    ),
     "steps and epochs": ({"train": {"epochs": 2, "steps": 5}}, r"train\.steps: given together with train\.epochs"),
     "neither steps nor epochs": ({"train": {"epochs": None}}, r"train\.epochs: is missing, and train\.steps too"),
     "batch and accumulation": ({"train": {"batch_size": 10, "accumulation": 4}}, r"batch_size: is not divisible"),

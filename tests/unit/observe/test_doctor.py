@@ -86,7 +86,8 @@ def test_locks_are_sought_where_torch_builds(tmp_path: Path, monkeypatch: pytest
     [
         ((), "note", "not installed"),
         (("megablocks",), "note", "without its ops"),
-        (("megablocks", "megablocks_ops"), "ok", "with its ops"),
+        (("megablocks", "megablocks_ops"), "note", "without its ops"),
+        (("megablocks", "megablocks_ops", "grouped_gemm"), "ok", "with its ops"),
     ],
 )
 def test_megablocks(modules: tuple[str, ...], status: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
