@@ -108,6 +108,23 @@ def test_forced_cuda_without_cuda_is_an_error_before_anything_is_compiled() -> N
     assert "g++" not in result.stdout and "Traceback" not in result.stderr
 
 
+def test_sanitizers_take_the_cpu_and_a_folder_of_their_own(setup_py: ModuleType) -> None:
+    assert setup_py.choose({"MOEMM_SANITIZE": "1"}, lambda: None) == ("cpu", "MOEMM_SANITIZE is set")
+    assert setup_py.choose({"MOEMM_SANITIZE": "0"}, lambda: None).backend == "cuda"
+    assert "-fsanitize=address,undefined" in setup_py.compiler_flags(False, sanitize=True)
+    assert setup_py.generated(sanitize=True) != setup_py.generated(sanitize=False)
+    with pytest.raises(SystemExit, match="MOEMM_SANITIZE is set with MOEMM_BUILD=cuda"):
+        setup_py.choose({"MOEMM_SANITIZE": "1", "MOEMM_BUILD": "cuda"}, lambda: None)
+
+
+def test_cuda_check_without_nvcc_says_that_nothing_was_compiled(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "cuda_check.py")]
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0 and "Traceback" not in done.stderr and not done.stdout
+    assert f"there is no nvcc in {tmp_path}/bin (CUDA_HOME), so the CUDA sources were NOT compiled" in done.stderr
+
+
 def test_debug_changes_the_flags(setup_py: ModuleType) -> None:
     assert {"-O0", "-g", "-DMOEMM_DEBUG"} <= set(setup_py.compiler_flags(debug=True))
     assert "-O3" in setup_py.compiler_flags(debug=False)
@@ -201,13 +218,25 @@ def test_public_names_exist_and_cost_nothing_until_used() -> None:
     assert python_in(ROOT, code).returncode == 0
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="NOT CHECKED, no nvcc: do the .cu files compile?")
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name)
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+CUDA_SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
+
+
+def test_there_are_cuda_sources_to_compile_and_setup_py_takes_them_all() -> None:
+    assert len(CUDA_SOURCES) >= 4 and {path.parent for path in CUDA_SOURCES} == {ROOT / "csrc" / "cuda"}
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="NOT CHECKED, no nvcc: do the .cu files compile?")
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
 def test_cuda_sources_compile_for_each_architecture(source: Path, tmp_path: Path) -> None:
     architectures = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in (80, 90)]
     as_torch_does = ["-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF_CONVERSIONS__", "--expt-relaxed-constexpr"]
     command = [
-        "nvcc",
+        str(find_nvcc()),
         *as_torch_does,
         "-std=c++20",
         "-O1",

@@ -1,0 +1,26 @@
+"""What a run of the tests did not check on this machine, in its last lines: a skip alone is easily overlooked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+
+def unchecked() -> list[str]:
+    """One line for each tool or device that tests need and that is not here."""
+    import torch
+
+    home = os.environ.get("CUDA_HOME")
+    found = []
+    if shutil.which("nvcc", path=f"{home}/bin" if home else None) is None:
+        found.append("no nvcc: the .cu files were NOT compiled (set CUDA_HOME, or put nvcc on PATH)")
+    if not torch.cuda.is_available():
+        found.append("no CUDA device: tests marked gpu did NOT run (benchmarks/gpu/run.sh runs them on one)")
+    return found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in unchecked():
+        terminalreporter.write_line(f"not checked here: {line}", yellow=True)
