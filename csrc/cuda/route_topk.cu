@@ -1,4 +1,6 @@
 // route_topk: one warp a token chooses; then one thread an expert adds up the statistics, in the order of the tokens.
+#include <cfloat>
+
 #include "common.cuh"
 #include "route_topk.cuh"
 
@@ -14,6 +16,14 @@ __device__ inline float lowest(float) {
 }
 __device__ inline double lowest(double) {
   return -__longlong_as_double(0x7ff0000000000000ll);
+}
+
+// What NaN and minus infinity count as where experts are compared, as on the CPU.
+__device__ inline float least(float) {
+  return -FLT_MAX;
+}
+__device__ inline double least(double) {
+  return -DBL_MAX;
 }
 
 template <typename acc_t>
@@ -75,13 +85,11 @@ __device__ Token<scalar_t> read_token(const Arguments& a, int64_t index) {
   return token;
 }
 
-// Whether candidate (key, id) comes before the other; NaN ranks last, then the lower id first. id < 0: no candidate.
+// Whether candidate (key, id) comes before the other; among equals the lower id. No key is NaN. id < 0: no candidate.
 template <typename acc_t>
 __device__ inline bool before(acc_t key, int64_t id, acc_t other_key, int64_t other_id) {
   if (id < 0 || other_id < 0) return id >= 0;
-  const bool nan = key != key, other_nan = other_key != other_key;
-  if (nan != other_nan) return other_nan;
-  if (!nan && key != other_key) return key > other_key;
+  if (key != other_key) return key > other_key;
   return id < other_id;
 }
 
@@ -99,7 +107,8 @@ __global__ void route_kernel(RouteArguments a) {
       int64_t id = kNone;
       for (int64_t e = threadIdx.x, i = 0; e < a.num_experts; e += kWarp, ++i) {
         if (!token.allowed[e] || (taken >> i & 1)) continue;
-        const acc_t key = bias == nullptr ? token.logit(e) : token.score(e) + bias[e];
+        const acc_t value = bias == nullptr ? token.logit(e) : token.score(e) + bias[e];
+        const acc_t key = value > least(acc_t()) ? value : least(acc_t());
         if (before(key, e, best, id)) best = key, id = e;
       }
 #pragma unroll
@@ -218,8 +227,9 @@ template <typename scalar_t>
 void launch(const RouteArguments& a, cudaStream_t stream) {
   using acc_t = Accumulator<scalar_t>;
   const int64_t num_chunks = (a.num_tokens + kRouteChunk - 1) / kRouteChunk;
+  if (num_chunks > 0) route_kernel<scalar_t><<<blocks_for(a.num_tokens), dim3(kWarp, kWarps), 0, stream>>>(a);
+  if (a.num_modalities == 0) return;  // a token, if there is one, has trapped: it names a modality out of range
   if (num_chunks > 0) {
-    route_kernel<scalar_t><<<blocks_for(a.num_tokens), dim3(kWarp, kWarps), 0, stream>>>(a);
     const dim3 grid(static_cast<unsigned>(num_chunks), static_cast<unsigned>((a.num_experts + kColumns - 1) / kColumns),
                     static_cast<unsigned>(a.num_modalities));
     statistics_kernel<scalar_t><<<grid, kColumns, 0, stream>>>(a);
@@ -253,7 +263,7 @@ cudaError_t by_element(const Arguments& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_route_topk(const RouteArguments& a, cudaStream_t stream) {
-  return a.num_modalities == 0 ? cudaSuccess : by_element(a, stream);
+  return by_element(a, stream);
 }
 
 cudaError_t launch_route_topk_backward(const RouteBackwardArguments& a, cudaStream_t stream) {

@@ -50,7 +50,7 @@ def run_in_torch(
     """Plain PyTorch on any device: argsort, index_select, and grouped_mm where weights allow, else a loop."""
     _, offsets_E1, order_R, inverse_TK = reference.plan(experts_TK, num_experts=len(w1))
     x_RD = reference.permute(x_TD, order_R, inverse_TK)
-    products = grouped_products if can_group(w1, w2, [], []) else reference.grouped_mlp
+    products = grouped_products if len(order_R) and can_group(w1, w2, [], []) else reference.grouped_mlp
     y_RD = products(x_RD, offsets_E1, w1, w2, activation=activation)
     return reference.combine(y_RD, inverse_TK, gates_TK, residual_TD)
 

@@ -52,7 +52,7 @@ def grouped_mlp(
         lists = [list(one) for one in (w1, w2, b1, b2)]
         y_RD, _ = torch.ops.moemm.grouped_mlp(x_RD, offsets_E1, *lists, activation=activation, recompute=recompute)
         return y_RD
-    if x_RD.is_cuda and x_RD.shape[0] < 2**31 and can_group(w1, w2, b1, b2):  # grouped_mm's offsets are int32
+    if x_RD.is_cuda and 0 < x_RD.shape[0] < 2**31 and can_group(w1, w2, b1, b2):  # grouped_mm's offsets are int32
         return grouped_products(x_RD, offsets_E1, w1, w2, activation=activation)
     return reference.grouped_mlp(x_RD, offsets_E1, w1, w2, b1, b2, activation=activation)
 
@@ -77,7 +77,9 @@ def grouped_products(
         stacked = torch.stack(list(weights)).transpose(-2, -1)
         return F.grouped_mm(rows, stacked, offs=ends_E).masked_fill(~valid_R1, 0.0)
 
-    return product(reference.ACTIVATIONS[activation](product(x_RD.masked_fill(~valid_R1, 0.0), w1)), w2)
+    # grouped_mm takes transposed rows only where their number is a multiple of 8.
+    dense_RD = x_RD.contiguous().masked_fill(~valid_R1, 0.0)
+    return product(reference.ACTIVATIONS[activation](product(dense_RD, w1)), w2)
 
 
 def save_lists(ctx: Any, tensors: Sequence[torch.Tensor], lists: Sequence[Weights]) -> None:

@@ -69,7 +69,7 @@ class OpCase:
     def arguments(self, device: str = "cpu") -> Arguments:
         """The same arguments at every call; those of floating type require a gradient."""
         tensors = MAKERS[self.op](self, torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
-        return _each(lambda one: one.to(device).detach().requires_grad_(one.is_floating_point()), tensors)
+        return _each(lambda one: _moved(one, device).requires_grad_(one.is_floating_point()), tensors)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -262,6 +262,13 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [tensor for one in value or () for tensor in tensors_of(one)]
+
+
+def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A tensor on another device with its strides, which `to` would close up where rows lie apart."""
+    if tensor.device.type == device:
+        return tensor.detach()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 def _each(function: Callable[[torch.Tensor], torch.Tensor], values: Arguments) -> Arguments:

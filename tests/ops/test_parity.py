@@ -11,7 +11,7 @@ from moemm import ops
 from moemm.ops import backend_info, reference
 from moemm.ops.grouped_mlp import can_group, grouped_products
 from moemm.ops.route_topk import Kind
-from moemm.testing.op_cases import MAKERS, SHAPES, OpCase, op_cases, tensors_of
+from moemm.testing.op_cases import LAYOUTS, MAKERS, SHAPES, OpCase, op_cases, tensors_of
 
 CASES = list(op_cases())
 
@@ -154,10 +154,11 @@ def test_an_aligned_plan_pads_each_group_and_changes_no_output(alignment: int) -
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dropped", [False, True])
-def test_torch_grouped_products_equal_the_loop(dropped: bool) -> None:
+def test_torch_grouped_products_equal_the_loop(dropped: bool, layout: str) -> None:
     """What CUDA runs where weights allow, tried on the CPU."""
-    case = OpCase("grouped_mlp", (33, 16, 2, 4), torch.bfloat16, torch.int64, "dense", "dropped" if dropped else "full")
+    case = OpCase("grouped_mlp", (33, 16, 1, 4), torch.bfloat16, torch.int64, layout, "dropped" if dropped else "full")
     generator = torch.Generator().manual_seed(0)
     w1, w2 = ([torch.randn(shape, generator=generator).bfloat16() for _ in range(4)] for shape in ((48, 16), (16, 24)))
     assert can_group(w1, w2, [], []) and not can_group(w1, w2, [w1[0][:, 0]] * 4, [])
