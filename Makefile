@@ -23,11 +23,11 @@ BUILD_OPTIONS := $(MOEMM_BUILD) $(DEBUG) $(TORCH_CUDA_ARCH_LIST) $(CXX)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export DS_BUILD_OPS := 0
 
-.PHONY: help setup train test lint results format clean distclean FORCE
+.PHONY: help setup train test lint results cuda-check format clean distclean FORCE
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(DONE)/4-build  ## make .venv and build moemm._C
 
@@ -48,6 +48,9 @@ lint: setup  ## ruff and mypy
 results: setup  ## all measured figures as one table, misses first
 	@$(BIN)/python -m benchmarks.tables
 
+cuda-check:  ## compile the CUDA ops for sm_80 and sm_90, link, import; no GPU needed, some minutes, 6 GB
+	@$(PYTHON) tools/cuda_check.py
+
 format: setup  ## let ruff format the Python files
 	@$(BIN)/ruff format .
 
@@ -56,7 +59,7 @@ clean:  ## remove what was built and cached; keeps .venv and runs
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-cuda
 
 $(DONE)/1-venv:
 	@echo "[1/5] making $(VENV) with $(PYTHON) ..."
