@@ -23,7 +23,7 @@ BUILD_OPTIONS := $(MOEMM_BUILD) $(DEBUG) $(TORCH_CUDA_ARCH_LIST) $(CXX)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export DS_BUILD_OPS := 0
 
-.PHONY: help setup train test lint results cuda-check format clean distclean FORCE
+.PHONY: help setup train test lint results cuda-check soak format clean distclean FORCE
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -50,6 +50,9 @@ results: setup  ## all measured figures as one table, misses first
 
 cuda-check:  ## compile the CUDA ops for sm_80 and sm_90, link, import; no GPU needed, some minutes, 6 GB
 	@$(PYTHON) tools/cuda_check.py
+
+soak: setup  ## the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer; some minutes
+	@$(BIN)/python -m benchmarks.soak
 
 format: setup  ## let ruff format the Python files
 	@$(BIN)/ruff format .

@@ -4,6 +4,8 @@ Environment variables:
     MOEMM_BUILD           auto (default) | cpu | cuda | none. auto takes cuda where nvcc and a CUDA build of torch are
                           there, else cpu. none builds nothing: ops then run in plain PyTorch, with a warning.
     DEBUG=1               -O0 -g, and the ops check that a plan's order and inverse agree.
+    MOEMM_SANITIZE=1      -O1 -g with AddressSanitizer and UndefinedBehaviorSanitizer, for benchmarks/soak.py: whoever
+                          loads the result must preload their libraries. CPU only, GCC or Clang.
     MAX_JOBS              files compiled at the same time.
     TORCH_CUDA_ARCH_LIST  GPU architectures, "8.0;9.0+PTX" where it is not set.
     CXX                   the C++ compiler.
@@ -26,10 +28,12 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
-GENERATED = Path("build/generated")
 BACKENDS = ("auto", "cpu", "cuda", "none")
 BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+# Findings are reported and counted, and the run goes on to the next; vptr needs the type information of classes that
+# torch does not export.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fsanitize-recover=address,undefined"]
 
 
 class Choice(NamedTuple):
@@ -96,6 +100,10 @@ def choose(environment: Mapping[str, str], obstacle: Callable[[], str | None]) -
         raise stop(f"MOEMM_BUILD is {wish!r}; allowed are {', '.join(BACKENDS)}.")
     if wish in ("none", "cpu"):
         return Choice(wish, f"MOEMM_BUILD={wish}")
+    if set_in(environment, "MOEMM_SANITIZE"):
+        if wish == "cuda":
+            raise stop("MOEMM_SANITIZE is set with MOEMM_BUILD=cuda: compute-sanitizer checks kernels; unset one.")
+        return Choice("cpu", "MOEMM_SANITIZE is set")
     problem = obstacle()
     if wish == "cuda" and problem:
         raise stop(f"MOEMM_BUILD=cuda, but {problem}. Mend that, or use MOEMM_BUILD=cpu.")
@@ -119,18 +127,49 @@ def check_compiler(environment: Mapping[str, str]) -> str:
     return compiler
 
 
-def compiler_flags(debug: bool) -> list[str]:
+def gaps_of_the_toolkit(home: Path, packages: Path, links: Path) -> tuple[list[str], list[str]]:
+    """Flags and folders for what a toolkit that is little more than nvcc lacks and pip's nvidia packages have.
+
+    home: the toolkit; packages: site-packages/nvidia; links: a folder that may be written to. Headers are looked up
+    there last. pip's packages name the runtime library by its version alone, so that the linker needs a link.
+    """
+    flags = [f"-idirafter{folder}" for folder in sorted(packages.glob("cu*/include"))]
+    folders = [folder for name in ("lib64", "lib") for folder in (home / name, *sorted(packages.glob(f"cu*/{name}")))]
+    if any((folder / "libcudart.so").exists() for folder in folders):
+        return flags, [str(folder) for folder in folders if (folder / "libcudart.so").exists()]
+    found = next((path for folder in folders for path in sorted(folder.glob("libcudart.so.*"))), None)
+    if found is None:
+        return flags, []
+    links.mkdir(parents=True, exist_ok=True)
+    link = links / "libcudart.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(found)
+    return flags, [str(links)]
+
+
+def set_in(environment: Mapping[str, str], name: str) -> bool:
+    """Whether a switch is on: set, and not to 0."""
+    return environment.get(name, "0") not in ("", "0")
+
+
+def generated(sanitize: bool) -> Path:
+    """Where build_config.h goes: a sanitized build must not make the usual one stale."""
+    return Path("build/sanitized/generated" if sanitize else "build/generated")
+
+
+def compiler_flags(debug: bool, sanitize: bool = False) -> list[str]:
     """Flags for C++: portable code, so that one build runs on every machine; csrc/cpu/simd.h adds vector code.
 
     -fno-math-errno and -fno-trapping-math let loops over rounding and selection be vectorised; they change no value.
     """
     optimise = ["-O0", "-g", "-UNDEBUG", "-DMOEMM_DEBUG"] if debug else ["-O3", "-g0"]
+    optimise = ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZE] if sanitize else optimise
     optimise += ["-fno-math-errno", "-fno-trapping-math"]
     return [*optimise, "-Wall", "-fvisibility=hidden"] + (["-fopenmp"] if sys.platform == "linux" else [])
 
 
-def write_build_config(choice: Choice, compiler: str, flags: list[str]) -> None:
-    """build/generated/moemm/build_config.h: what build_info() answers."""
+def write_build_config(choice: Choice, compiler: str, flags: list[str], folder: Path) -> None:
+    """moemm/build_config.h in the folder of generated files: what build_info() answers."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     values = {
         "VERSION": version,
@@ -142,7 +181,7 @@ def write_build_config(choice: Choice, compiler: str, flags: list[str]) -> None:
     }
     quoted = {name: value.replace("\\", "\\\\").replace('"', '\\"') for name, value in values.items()}
     text = "#pragma once\n" + "".join(f'#define MOEMM_{name} "{value}"\n' for name, value in quoted.items())
-    path = ROOT / GENERATED / "moemm" / "build_config.h"
+    path = ROOT / folder / "moemm" / "build_config.h"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
@@ -153,22 +192,28 @@ def extension(choice: Choice, compiler: str) -> Any:
     import pybind11
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    debug = os.environ.get("DEBUG", "0") not in ("", "0")
-    flags = compiler_flags(debug)
-    write_build_config(choice, compiler, flags)
+    debug, sanitize = set_in(os.environ, "DEBUG"), set_in(os.environ, "MOEMM_SANITIZE")
+    flags = compiler_flags(debug, sanitize)
+    write_build_config(choice, compiler, flags, generated(sanitize))
     cuda = choice.backend == "cuda"
     folders = [CSRC, CSRC / "cpu"] + ([CSRC / "cuda"] if cuda else [])
     suffixes = ("*.cpp", "*.cu") if cuda else ("*.cpp",)
     nvcc = ["-O0", "-g", "-G"] if debug else ["-O3", "-lineinfo"]
+    more: list[str] = []
+    libraries: list[str] = []
+    if cuda:
+        packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+        more, libraries = gaps_of_the_toolkit(Path(os.environ["CUDA_HOME"]), packages, ROOT / "build" / "cuda-links")
     return (CUDAExtension if cuda else CppExtension)(
         "moemm._C",
         sources=sorted(str(path) for folder in folders for suffix in suffixes for path in folder.glob(suffix)),
         depends=["setup.py", *(str(path) for suffix in ("h", "cuh") for path in CSRC.rglob(f"*.{suffix}"))],
-        include_dirs=[str(ROOT / CSRC / "include"), str(ROOT / GENERATED), pybind11.get_include()],
+        include_dirs=[str(ROOT / CSRC / "include"), str(ROOT / generated(sanitize)), pybind11.get_include()],
         define_macros=[("MOEMM_WITH_CUDA", "1")] if cuda else [],
-        extra_compile_args={"cxx": flags, "nvcc": nvcc},
+        extra_compile_args={"cxx": [*flags, *more], "nvcc": nvcc},
+        library_dirs=libraries,
         # Not linked to an OpenMP library: the one that torch brings is used, and there is one pool of threads.
-        extra_link_args=[] if debug else ["-s"],
+        extra_link_args=SANITIZE if sanitize else [] if debug else ["-s"],
     )
 
 

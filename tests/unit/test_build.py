@@ -117,6 +117,24 @@ def test_sanitizers_take_the_cpu_and_a_folder_of_their_own(setup_py: ModuleType)
         setup_py.choose({"MOEMM_SANITIZE": "1", "MOEMM_BUILD": "cuda"}, lambda: None)
 
 
+def test_a_toolkit_of_little_more_than_nvcc_is_filled_up_from_pips_packages(
+    setup_py: ModuleType, tmp_path: Path
+) -> None:
+    home, packages, links = tmp_path / "home", tmp_path / "nvidia", tmp_path / "links"
+    (home / "bin").mkdir(parents=True)
+    assert setup_py.gaps_of_the_toolkit(home, packages, links) == ([], [])
+    for folder in ("include", "lib"):
+        (packages / "cu13" / folder).mkdir(parents=True)
+    library = packages / "cu13" / "lib" / "libcudart.so.13"
+    library.touch()
+    flags, folders = setup_py.gaps_of_the_toolkit(home, packages, links)
+    assert flags == [f"-idirafter{packages}/cu13/include"] and folders == [str(links)]
+    assert (links / "libcudart.so").resolve() == library
+    (home / "lib64").mkdir()
+    (home / "lib64" / "libcudart.so").touch()
+    assert setup_py.gaps_of_the_toolkit(home, packages, links)[1] == [str(home / "lib64")]
+
+
 def test_cuda_check_without_nvcc_says_that_nothing_was_compiled(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "cuda_check.py")]
     environment = {**os.environ, "CUDA_HOME": str(tmp_path)}
