@@ -21,7 +21,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "tutel", "numpy", "scikit-lear
 class Row:
     """One figure. value and deviation are None where nothing was measured; target None where there is none.
 
-    ok is computed: does value reach target, in the direction of `better`?
+    ok is computed: does value reach target, in the direction of `better`? note: why there is no value.
     """
 
     case: str
@@ -32,6 +32,7 @@ class Row:
     better: Literal["lower", "higher"] = "higher"
     target: float | None = None
     ok: bool | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         self.ok = reaches(self.value, better=self.better, target=self.target)
@@ -50,6 +51,11 @@ class Matrix:
 
     title: str
     columns: dict[str, str]
+
+
+def as_dict(row: Row) -> dict[str, Any]:
+    """A row as it is written: without the note where there is none."""
+    return {key: value for key, value in asdict(row).items() if key != "note" or value}
 
 
 def write(
@@ -73,7 +79,7 @@ def write(
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     head = json.dumps(record, indent=1).removesuffix("\n}")
-    lines = ",\n".join(f"  {json.dumps(asdict(row), ensure_ascii=False)}" for row in rows)
+    lines = ",\n".join(f"  {json.dumps(as_dict(row), ensure_ascii=False)}" for row in rows)
     path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     return path
 
@@ -116,10 +122,13 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent,
-    )  # fmt: skip
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False,
+            cwd=Path(__file__).parent,
+        )  # fmt: skip
+    except OSError:  # a machine that got the files without git
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

@@ -25,11 +25,17 @@ HEADER = ("case", "metric", "value", "target", "")
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of a result as text."""
     value = "not measured" if row["value"] is None else number(row["value"])
+    if row["value"] is None:
+        return [row["case"], row["metric"], value, _target(row), row.get("note", "")]
     if row["deviation"] is not None:
         value += f" ± {number(row['deviation'])}"
-    target = "" if row["target"] is None else ("≥ " if row["better"] == "higher" else "≤ ") + number(row["target"])
     verdict = {True: "met", False: "missed", None: ""}[row["ok"]]
-    return [row["case"], row["metric"], f"{value} {row['unit']}".strip(), target, verdict]
+    return [row["case"], row["metric"], f"{value} {row['unit']}".strip(), _target(row), verdict]
+
+
+def _target(row: dict[str, Any]) -> str:
+    sign = "≥ " if row["better"] == "higher" else "≤ "
+    return "" if row["target"] is None else sign + number(row["target"])
 
 
 def number(value: float) -> str:
