@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "sanitized"
 LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so")
 """Preloaded: the sanitizers come before what they watch; the C++ library so that they find its functions."""
-REPORT = re.compile(r"ERROR: AddressSanitizer|runtime error:")
+REPORT = re.compile(r"SUMMARY: AddressSanitizer|runtime error:|^AddressSanitizer:DEADLYSIGNAL")
 
 
 class Tests(NamedTuple):
@@ -104,7 +104,7 @@ def run_tests(library: Path, select: str) -> Tests:
 
 
 def findings() -> list[str]:
-    """The first line of each report."""
+    """The line of each report that says what and where."""
     paths = sorted((FOLDER / "reports").glob("report*"))
     lines = [line for path in paths for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [line for line in lines if REPORT.search(line)]
