@@ -26,6 +26,7 @@ from benchmarks.record import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "sanitized"
+REPORTS = FOLDER / "reports.txt"
 LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so")
 """Preloaded: the sanitizers come before what they watch; the C++ library so that they find its functions."""
 REPORT = re.compile(r"SUMMARY: AddressSanitizer|runtime error:|^AddressSanitizer:DEADLYSIGNAL")
@@ -69,8 +70,7 @@ def preload() -> str:
 
 
 def environment(library: Path) -> dict[str, str]:
-    """Of the tests: reports go to files, one a process, and a run goes on after each."""
-    options = f"halt_on_error=0:log_path={FOLDER / 'reports' / 'report'}"
+    """Of the tests: a run goes on after each report. No log_path: with two sanitizers in a process one ignores it."""
     return {
         **os.environ,
         "LD_PRELOAD": preload(),
@@ -78,24 +78,25 @@ def environment(library: Path) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",  # else the moemm of this checkout would come first
         "PYTHONMALLOC": "malloc",
         "OMP_NUM_THREADS": "2",
-        "ASAN_OPTIONS": f"detect_leaks=0:detect_stack_use_after_return=1:{options}",
-        "UBSAN_OPTIONS": f"print_stacktrace=1:{options}",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:halt_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=0",
     }
 
 
 def run_tests(library: Path, select: str) -> Tests:
     """tests/ops in a process of its own. Raises SystemExit where it did not end by itself."""
-    reports, results = FOLDER / "reports", FOLDER / "tests.xml"
-    shutil.rmtree(reports, ignore_errors=True)
-    reports.mkdir(parents=True)
+    results = FOLDER / "tests.xml"
     results.unlink(missing_ok=True)
     guard = "import moemm.ops as o; i = o.backend_info(); assert 'fsanitize' in i['build']['flags'], i"
     subprocess.run([sys.executable, "-c", guard], env=environment(library), cwd=FOLDER, check=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
+    # Reports go to the error stream: not captured by pytest, which would show it only where a test fails.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=no", f"--junitxml={results}"]
     command += ["-k", select] if select else []
-    done = subprocess.run([*command, "--timeout=1200", "tests/ops"], env=environment(library), cwd=ROOT, check=False)
+    command += ["--timeout=1200", "tests/ops"]
+    with REPORTS.open("w", encoding="utf-8") as stream:
+        done = subprocess.run(command, env=environment(library), cwd=ROOT, stderr=stream, check=False)
     if not results.exists():
-        raise SystemExit(f"soak: pytest ended with {done.returncode} and left no results; reports are in {reports}")
+        raise SystemExit(f"soak: pytest ended with {done.returncode} and left no results; its errors are in {REPORTS}")
     suites = list(ElementTree.parse(results).getroot().iter("testsuite"))
     total, failures, errors, skipped = (
         sum(int(suite.attrib[name]) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
@@ -105,8 +106,7 @@ def run_tests(library: Path, select: str) -> Tests:
 
 def findings() -> list[str]:
     """The line of each report that says what and where."""
-    paths = sorted((FOLDER / "reports").glob("report*"))
-    lines = [line for path in paths for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = REPORTS.read_text(encoding="utf-8", errors="replace").splitlines()
     return [line for line in lines if REPORT.search(line)]
 
 
@@ -131,7 +131,7 @@ def main() -> None:
         print(line)
     print(f"soak: {tests.passed} passed, {tests.failed} failed, {len(reports)} findings, {seconds:.0f} s")
     if reports:
-        print(f"soak: full reports in {FOLDER / 'reports'}")
+        print(f"soak: full reports in {REPORTS}")
     if not options.select:
         record.write("soak", rows, seconds=seconds)
     if reports or tests.failed or not tests.passed:
