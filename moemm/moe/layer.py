@@ -68,9 +68,7 @@ class MoELayer(nn.Module):
             return shared_TD, None
         gates_TK, experts_TK, stats = self._slots(x_TD, modality_T)
         w1, w2 = ([getattr(expert, name) for expert in self.experts.values()] for name in ("w1_FD", "w2_DF"))
-        out_TD = self.run_experts(
-            x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation
-        )
+        out_TD = self.run_experts(x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation)
         return out_TD, stats
 
     def _slots(
