@@ -2,17 +2,17 @@
 #include "experts.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
+#include <limits>
 
 #include "moemm/checks.h"
 #include "moemm/types.h"
+#include "phases.h"
 
 namespace moemm::cpu {
 namespace {
@@ -21,28 +21,9 @@ constexpr int64_t kTileRows = 256;      // rows of one product in the forward pa
 constexpr int64_t kWaveRows = 1024;     // rows a thread whose intermediates the backward pass holds at a time
 constexpr int64_t kWeightBlock = 1024;  // rows of a weight's gradient that one task makes
 
-struct Task {
-  int64_t expert, begin, rows;  // aligned rows begin to begin + rows, padding included
-  int64_t cost;
-};
-
-// Tasks on all threads, the most costly first; each thread takes the next one when it is free. `body(task, worker)`
-// runs in a parallel region, so that the products inside stay on their thread, always in the same shapes.
-template <typename Body>
-void run(std::vector<Task>& tasks, const Body& body) {
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-  std::atomic<size_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (size_t i = next++; i < tasks.size(); i = next++) body(tasks[i], worker);
-    }
-  });
-}
-
-// Tiles of the experts from `begin` to `end`.
-std::vector<Task> row_tasks(const Experts& experts, const Rows& rows, int64_t begin, int64_t end) {
-  std::vector<Task> tasks;
+// Tiles of the experts from `begin` to `end`. In a task, `begin` and `rows` are aligned rows, padding included.
+Phase row_tasks(const Experts& experts, const Rows& rows, int64_t begin, int64_t end) {
+  Phase tasks;
   for (int64_t e = begin; e < end; ++e) {
     const int64_t total = aligned(rows.count[e]);
     for (int64_t at = 0; at < total; at += kTileRows) {
@@ -128,10 +109,12 @@ std::vector<Scratch> make_scratch(const Experts& experts, const at::TensorOption
   return all;
 }
 
-// Intermediates of a wave of experts, in aligned rows from `first` on.
+// Intermediates of a wave of experts, in aligned rows from the first of expert `begin` on. All waves use one memory.
 struct Wave {
   at::Tensor x, grad, dx, dz, scaled;
-  int64_t first;
+  int64_t begin, end;
+
+  int64_t first(const Rows& rows) const { return rows.first[begin]; }
 };
 
 template <typename scalar_t>
@@ -167,7 +150,7 @@ template <typename scalar_t>
 void backward_tile(const Experts& experts, const Rows& rows, const Task& task, const at::Tensor& x,
                    const at::Tensor& saved, const at::Tensor& grad, const std::vector<Accumulator<scalar_t>>& gate,
                    std::vector<Accumulator<scalar_t>>& dgate, Scratch& scratch, Wave& wave) {
-  const int64_t e = task.expert, at = task.begin - wave.first, hidden_rows = experts.w1[e].size(0);
+  const int64_t e = task.expert, at = task.begin - wave.first(rows), hidden_rows = experts.w1[e].size(0);
   const int64_t width = experts.w2[e].size(1);
   auto x_tile = block(wave.x, at, task.rows, experts.width), grad_tile = block(wave.grad, at, task.rows, experts.width);
   gather<scalar_t>(x_tile, x, rows, task.begin, task.rows);
@@ -191,7 +174,7 @@ void bias_gradients(const Experts& experts, const Rows& rows, int64_t e, const W
   const auto add = [&](const at::Tensor& values, at::Tensor& bias, bool gated) {
     std::vector<acc_t> sums(bias.size(0), 0);
     for (int64_t row = rows.first[e]; row < rows.first[e] + rows.count[e]; ++row) {
-      const auto* from = values.const_data_ptr<scalar_t>() + (row - wave.first) * values.stride(0);
+      const auto* from = values.const_data_ptr<scalar_t>() + (row - wave.first(rows)) * values.stride(0);
       for (size_t i = 0; i < sums.size(); ++i) sums[i] += (gated ? gate[row] : acc_t(1)) * acc_t(widen(from[i]));
     }
     for (size_t i = 0; i < sums.size(); ++i) store(bias.mutable_data_ptr<scalar_t>()[i], sums[i]);
@@ -200,9 +183,14 @@ void bias_gradients(const Experts& experts, const Rows& rows, int64_t e, const W
   if (!experts.b2.empty()) add(wave.grad, out.b2[e], true);
 }
 
-// Blocks of dw1 = dz^T x and dw2 = grad^T scaled. In a task, `rows` < 0 marks dw2, and `begin` is the first row.
-std::vector<Task> weight_tasks(const Experts& experts, const Rows& rows, int64_t begin, int64_t end) {
-  std::vector<Task> tasks;
+// What follows on the tiles of experts `begin` to `end`: first the sink, in one part a thread (expert kNone, part
+// `begin` of `rows`), then blocks of dw1 = dz^T x and dw2 = grad^T scaled: `rows` < 0 marks dw2, `begin` is its first row.
+Phase later_tasks(const Experts& experts, const Rows& rows, int64_t begin, int64_t end) {
+  Phase tasks;
+  const int64_t parts = at::get_num_threads();
+  for (int64_t part = 0; part < parts; ++part) {
+    tasks.push_back({kNone, part, parts, std::numeric_limits<int64_t>::max()});
+  }
   for (int64_t e = begin; e < end; ++e) {
     if (rows.count[e] == 0) continue;
     for (int64_t at = 0; at < experts.w1[e].size(0); at += kWeightBlock) {
@@ -219,7 +207,7 @@ std::vector<Task> weight_tasks(const Experts& experts, const Rows& rows, int64_t
 
 void weight_gradient(const Experts& experts, const Rows& rows, const Task& task, const Wave& wave,
                      ExpertGradients& out) {
-  const int64_t e = task.expert, at = rows.first[e] - wave.first, count = aligned(rows.count[e]);
+  const int64_t e = task.expert, at = rows.first[e] - wave.first(rows), count = aligned(rows.count[e]);
   const bool second = task.rows < 0;
   const int64_t size = std::abs(task.rows), width = second ? experts.w2[e].size(1) : experts.width;
   const auto& left = second ? wave.grad : wave.dz;
@@ -303,8 +291,7 @@ at::Tensor experts_forward(const Experts& experts, const Rows& rows, const at::T
   if (keep) z.narrow(0, rows.total(), z.size(0) - rows.total()).zero_();
   auto y = at::empty({rows.total(), experts.width}, x.options());
   auto scratch = make_scratch(experts, x.options(), !keep);
-  auto tasks = row_tasks(experts, rows, 0, experts.size());
-  run(tasks, [&](const Task& task, int64_t worker) {
+  run_phases({row_tasks(experts, rows, 0, experts.size())}, [&](size_t, const Task& task, int64_t worker) {
     auto& own = scratch[worker];
     const int64_t e = task.expert, hidden_rows = experts.w1[e].size(0), width = experts.w2[e].size(1);
     auto x_tile = block(own.x, 0, task.rows, experts.width);
@@ -333,22 +320,28 @@ ExpertGradients experts_backward(const Experts& experts, const Rows& rows, const
   auto scratch = make_scratch(experts, options, z.size(0) == 0);
   const int64_t held = largest_wave(rows);
   const auto held_rows = [&](int64_t width) { return at::empty({held, width}, options); };
-  Wave wave{held_rows(experts.width), held_rows(experts.width), held_rows(experts.width),
-            held_rows(experts.max_rows_w1), held_rows(experts.max_hidden), 0};
+  const Wave memory{held_rows(experts.width),       held_rows(experts.width),      held_rows(experts.width),
+                    held_rows(experts.max_rows_w1), held_rows(experts.max_hidden), 0, 0};
+  std::vector<Wave> waves;
+  std::vector<Phase> phases;
   for (int64_t begin = 0, end = 0; begin < experts.size(); begin = end) {
     end = wave_end(rows, begin);
-    wave.first = rows.first[begin];
-    auto tiles = row_tasks(experts, rows, begin, end);
-    run(tiles, [&](const Task& task, int64_t worker) {
+    waves.push_back(memory);
+    waves.back().begin = begin, waves.back().end = end;
+    phases.push_back(row_tasks(experts, rows, begin, end));
+    phases.push_back(later_tasks(experts, rows, begin, end));
+  }
+  run_phases(std::move(phases), [&](size_t phase, const Task& task, int64_t worker) {
+    auto& wave = waves[phase / 2];
+    if (phase % 2 == 0) {
       backward_tile<scalar_t>(experts, rows, task, x, z, grad, gate, dgate, scratch[worker], wave);
-    });
-    sink(begin, end, wave.dx);
-    auto weights = weight_tasks(experts, rows, begin, end);
-    run(weights, [&](const Task& task, int64_t) {
+    } else if (task.expert == kNone) {
+      sink(wave.begin, wave.end, wave.dx, task.begin, task.rows);
+    } else {
       weight_gradient(experts, rows, task, wave, out);
       if (task.begin == 0 && task.rows > 0) bias_gradients<scalar_t>(experts, rows, task.expert, wave, gate, out);
-    });
-  }
+    }
+  });
   return out;
 }
 

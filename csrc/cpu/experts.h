@@ -43,8 +43,10 @@ struct ExpertGradients {
 };
 
 // Takes the gradients of the gathered x of experts `begin` to `end`: (their aligned rows, D), the first of them being
-// aligned row rows.first[begin]. Called with one run of experts after the other, never at the same time.
-using RowSink = std::function<void(int64_t begin, int64_t end, const at::Tensor& gradients)>;
+// aligned row rows.first[begin], and makes part `part` of `parts` of what it does with them. Parts run at the same time,
+// those of one run of experts after those of the one before.
+using RowSink =
+    std::function<void(int64_t begin, int64_t end, const at::Tensor& gradients, int64_t part, int64_t parts)>;
 
 // Shape of z for `num_rows` rows: known before the counts are, so that a compiler can plan with it.
 std::vector<int64_t> hidden_shape(const Experts& experts, int64_t num_rows);

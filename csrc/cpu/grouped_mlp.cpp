@@ -41,18 +41,18 @@ at::Tensor make_output(const at::Tensor& like, const Rows& rows) {
   return out;
 }
 
-// Rows of experts `begin` to `end`, of which values holds the aligned ones, back to where they came from.
-void to_source(const at::Tensor& values, const Rows& rows, int64_t begin, int64_t end, at::Tensor& out) {
+// Rows of experts `begin` to `end`, of which values holds the aligned ones, back to where they came from: those of
+// every `step`-th expert from `first` on.
+void to_source(const at::Tensor& values, const Rows& rows, int64_t begin, int64_t end, int64_t first, int64_t step,
+               at::Tensor& out) {
   const int64_t bytes = out.size(1) * out.element_size();
   const auto* from = static_cast<const char*>(values.const_data_ptr());
   auto* to = static_cast<char*>(out.mutable_data_ptr());
-  at::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
-    for (int64_t e = first; e < last; ++e) {
-      if (rows.count[e] == 0) continue;
-      const int64_t row = rows.first[e];
-      std::memcpy(to + rows.source[row] * bytes, from + (row - rows.first[begin]) * bytes, rows.count[e] * bytes);
-    }
-  });
+  for (int64_t e = begin + first; e < end; e += step) {
+    if (rows.count[e] == 0) continue;
+    const int64_t row = rows.first[e];
+    std::memcpy(to + rows.source[row] * bytes, from + (row - rows.first[begin]) * bytes, rows.count[e] * bytes);
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> grouped_mlp(const at::Tensor& x, const at::Tensor& offsets, at::TensorList w1,
@@ -71,7 +71,9 @@ std::tuple<at::Tensor, at::Tensor> grouped_mlp(const at::Tensor& x, const at::Te
     y = experts_forward<scalar_t>(experts, rows, x_dense, z);
   });
   auto out = make_output(x, rows);
-  to_source(y, rows, 0, experts.size(), out);
+  at::parallel_for(0, experts.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) to_source(y, rows, 0, experts.size(), e, experts.size(), out);
+  });
   return {out, z};
 }
 
@@ -89,8 +91,8 @@ Gradients grouped_mlp_backward(const at::Tensor& grad, const at::Tensor& z, cons
   const auto rows = rows_of(op, offsets, x.size(0));
   const auto x_dense = with_dense_rows(x), grad_dense = with_dense_rows(grad);
   auto dx = make_output(x, rows);
-  const RowSink sink = [&](int64_t begin, int64_t end, const at::Tensor& gradients) {
-    to_source(gradients, rows, begin, end, dx);
+  const RowSink sink = [&](int64_t begin, int64_t end, const at::Tensor& gradients, int64_t part, int64_t parts) {
+    to_source(gradients, rows, begin, end, part, parts, dx);
   };
   ExpertGradients out;
   dispatch_values(x, [&]<typename scalar_t>(std::type_identity<scalar_t>) {

@@ -70,23 +70,22 @@ MOEMM_SIMD void add_row(acc_t* sums, const scalar_t* row, int64_t width) {
   for (int64_t i = 0; i < width; ++i) sums[i] += static_cast<acc_t>(widen(row[i]));
 }
 
-// Adds the gradients of the rows of experts `begin` to `end` to those of their tokens, (T, D). Within an expert rows
-// stand in the order of tokens, so each thread finds those of its own tokens, and a token's sum is always in the order
-// of experts.
+// Adds the gradients of the rows of experts `begin` to `end` to those of the tokens `first` to `last`, of (T, D). Within
+// an expert rows stand in the order of tokens, so that those are found by halving, and a token's sum is always in the
+// order of experts.
 template <typename scalar_t>
-void add_to_tokens(const Rows& rows, int64_t begin, int64_t end, const at::Tensor& gradients, at::Tensor& sums) {
+void add_to_tokens(const Rows& rows, int64_t begin, int64_t end, const at::Tensor& gradients, int64_t first,
+                   int64_t last, at::Tensor& sums) {
   using acc_t = Accumulator<scalar_t>;
   const int64_t width = sums.size(1), stride = gradients.stride(0);
   const auto* from = gradients.const_data_ptr<scalar_t>();
   auto* to = sums.mutable_data_ptr<acc_t>();
-  at::parallel_for(0, sums.size(0), grain_of(width), [&](int64_t first, int64_t last) {
-    for (int64_t e = begin; e < end; ++e) {
-      const auto start = rows.source.begin() + rows.first[e], stop = start + rows.count[e];
-      for (auto it = std::lower_bound(start, stop, first); it != stop && *it < last; ++it) {
-        add_row(to + *it * width, from + (it - rows.source.begin() - rows.first[begin]) * stride, width);
-      }
+  for (int64_t e = begin; e < end; ++e) {
+    const auto start = rows.source.begin() + rows.first[e], stop = start + rows.count[e];
+    for (auto it = std::lower_bound(start, stop, first); it != stop && *it < last; ++it) {
+      add_row(to + *it * width, from + (it - rows.source.begin() - rows.first[begin]) * stride, width);
     }
-  });
+  }
 }
 
 // Between slots, where gates live, and rows.
@@ -100,8 +99,9 @@ ExpertGradients backward(const Experts& networks, const Dispatch& made, const at
   for (int64_t row = 0; row < made.rows.total(); ++row) {
     if (order[row] != kNone) gate[row] = given[order[row]];
   }
-  const RowSink sink = [&](int64_t begin, int64_t end, const at::Tensor& gradients) {
-    add_to_tokens<scalar_t>(made.rows, begin, end, gradients, dx);
+  const int64_t tokens = dx.size(0);
+  const RowSink sink = [&](int64_t begin, int64_t end, const at::Tensor& gradients, int64_t part, int64_t parts) {
+    add_to_tokens<scalar_t>(made.rows, begin, end, gradients, tokens * part / parts, tokens * (part + 1) / parts, dx);
   };
   auto out = experts_backward<scalar_t>(networks, made.rows, x, z, grad, gate, dgate, sink);
   auto* to = dgates.mutable_data_ptr<acc_t>();
