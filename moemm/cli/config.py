@@ -38,7 +38,7 @@ class Explain:
     """Say what a key takes, its default, what it does, and what DeepSpeed makes of it; without KEY, list all keys."""
 
     key: Positional[Annotated[str | None, arg(metavar="KEY")]] = None
-    """Key with dots: model.experts.top_k."""
+    """Key with dots: model.router.top_k."""
     markdown: bool = False
     """Print docs/config.md."""
 

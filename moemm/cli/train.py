@@ -16,7 +16,7 @@ class Train:
 
     One process: moemm train CONFIG. Several: deepspeed --num_accelerators 2 --module moemm train CONFIG, or
     torchrun --nproc-per-node 2 -m moemm train CONFIG. Any key of the configuration can be set behind it:
-    --train.steps 100 --model.experts.top_k 2 (moemm config explain lists them).
+    --train.steps 100 --model.router.top_k 2 (moemm config explain lists them).
     """
 
     config: Positional[Annotated[Path, arg(metavar="CONFIG")]]

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from itertools import combinations
 
+from moemm.config.check_experts import EXPERT_RULES
 from moemm.config.deepspeed import check_extra
+from moemm.config.names import modality_names, unknown_modalities
 from moemm.config.problem import Problem
 from moemm.config.schema import Config, ModalityConfig, TaskConfig
 from moemm.config.suggest import did_you_mean, nearest
@@ -51,51 +53,6 @@ def _width(config: Config) -> Iterator[Problem]:
         divisors = [str(heads) for heads in range(1, min(model.dim, 33)) if model.dim % heads == 0]
         message = f"does not divide model.dim, which is {model.dim}"
         yield Problem(path=("model", "heads"), message=message, given=model.heads, allowed=", ".join(divisors))
-
-
-def _experts(config: Config) -> Iterator[Problem]:
-    experts = config.model.experts
-    if experts.routed and experts.top_k > experts.routed:
-        message = f"is more than model.experts.routed, which is {experts.routed}"
-        allowed = f"1 to {experts.routed}"
-        yield Problem(path=("model", "experts", "top_k"), message=message, given=experts.top_k, allowed=allowed)
-    if not (experts.shared_width or experts.modality_width or experts.routed):
-        message = "leaves no expert at all: shared_width, modality_width and routed are all 0"
-        yield Problem(path=("model", "experts"), message=message, allowed="at least one of them > 0")
-
-
-def _backend(config: Config) -> Iterator[Problem]:
-    model, experts = config.model, config.model.experts
-    path, name = ("model", "experts", "backend"), experts.backend
-    if name != "auto" and (model.moe == "dense" or not (experts.modality_width or experts.routed)):
-        message = "has nothing to run: there are no modality or routed experts"
-        yield Problem(path=path, message=message, given=name, allowed="auto")
-        return
-    if name != "megablocks":
-        return
-    if config.train.precision != "bf16":
-        message = f"multiplies bfloat16 only, but train.precision is {config.train.precision}"
-        yield Problem(path=path, message=message, given=name, allowed="auto, torch, or train.precision: bf16")
-    if experts.modality_width and experts.routed and experts.modality_width != experts.routed_width:
-        message = (
-            f"multiplies experts of one width, but modality_width is {experts.modality_width} and routed_width "
-            f"{experts.routed_width}"
-        )
-        yield Problem(path=path, message=message, given=name, allowed="auto, torch, or equal widths")
-
-
-def _groups(config: Config) -> Iterator[Problem]:
-    experts = config.model.experts
-    path = ("model", "experts", "groups")
-    if experts.groups and not experts.modality_width:
-        message = "groups modality experts, but model.experts.modality_width is 0, so that there are none"
-        yield Problem(path=path, message=message, given=experts.groups)
-    for name, count in Counter(name for group in experts.groups for name in group).items():
-        if count > 1:
-            yield Problem(path=path, message=f"names {name} {count} times; a modality has one expert", given=name)
-    for name in sorted(_unknown_modalities(config, {name for group in experts.groups for name in group})):
-        message = f"names {name}, which no task has{did_you_mean(name, _modality_names(config))}"
-        yield Problem(path=path, message=message, given=name, allowed=", ".join(sorted(_modality_names(config))))
 
 
 def _duration(config: Config) -> Iterator[Problem]:
@@ -157,9 +114,9 @@ def _renames(config: Config) -> Iterator[Problem]:
 
 
 def _modality_sections(config: Config) -> Iterator[Problem]:
-    for name in sorted(_unknown_modalities(config, set(config.modalities))):
-        message = f"is a modality that no task has{did_you_mean(name, _modality_names(config))}"
-        yield Problem(path=("modalities", name), message=message, allowed=", ".join(sorted(_modality_names(config))))
+    for name in sorted(unknown_modalities(config, set(config.modalities))):
+        message = f"is a modality that no task has{did_you_mean(name, modality_names(config))}"
+        yield Problem(path=("modalities", name), message=message, allowed=", ".join(sorted(modality_names(config))))
     for name, modality in config.modalities.items():
         yield from _modality(name, modality)
 
@@ -192,17 +149,6 @@ def _kind_options(name: str, kind: str, modality: ModalityConfig) -> Iterator[Pr
         yield Problem(path=(*path, "patch"), message=message, given=modality.patch)
 
 
-def _modality_names(config: Config) -> set[str]:
-    return {name for task in config.data.tasks for name in task.modalities or []}
-
-
-def _unknown_modalities(config: Config, names: set[str]) -> set[str]:
-    """Those of `names` that no task has; none where a task takes whatever its file holds."""
-    if any(task.modalities is None for task in config.data.tasks):
-        return set()
-    return names - _modality_names(config)
-
-
 def _content(task: TaskConfig) -> tuple[object, ...]:
     modalities = None if task.modalities is None else tuple(sorted(task.modalities))
     return task.file, task.label, modalities, tuple(sorted(task.rename.items()))
@@ -213,9 +159,7 @@ RULES: tuple[Rule, ...] = (
     _renames,
     _modality_sections,
     _width,
-    _experts,
-    _backend,
-    _groups,
+    *EXPERT_RULES,
     _duration,
     _batch,
     _precision,

@@ -16,7 +16,7 @@ _HELP_WIDTH = 72
 
 
 def explain(key: str) -> str:
-    """Help on one key (`model.experts.top_k`, `data.tasks.0.weight`, `modalities.image.patch`) or section.
+    """Help on one key (`model.router.top_k`, `data.tasks.0.weight`, `modalities.image.patch`) or section.
 
     Raises ConfigError with the nearest key for one that does not exist.
     """

@@ -24,7 +24,7 @@ REQUIRED = dataclasses.MISSING
 class FieldInfo:
     """One key.
 
-    path: `model.experts.top_k`, `data.tasks[].weight`, `modalities.<name>.patch`.
+    path: `model.router.top_k`, `data.tasks[].weight`, `modalities.<name>.patch`.
     annotation: as in the schema, with its bounds.
     default: REQUIRED where there is none.
     section: it holds keys of its own.

@@ -83,27 +83,103 @@ class ModalityConfig:
 
 
 @dataclass(kw_only=True)
-class ExpertsConfig:
-    """The experts of each MoE layer: one shared, one a modality (or group), and a pool routed per token."""
+class ExpertGroupConfig:
+    """Some experts of one kind."""
 
-    shared_width: Annotated[int, Ge(0)] = 128
-    """Hidden width of the expert that sees every token; 0 leaves it out."""
-    modality_width: Annotated[int, Ge(0)] = 64
-    """Hidden width of each modality expert; 0 leaves them out."""
-    routed: Annotated[int, Ge(0)] = 4
-    """Number of routed experts that every modality may use; 0 leaves out the router."""
-    routed_width: Count = 64
-    """Hidden width of each routed expert."""
-    top_k: Count = 1
-    """Routed experts a token uses."""
-    groups: list[Annotated[list[str], MinLen(1)]] = field(default_factory=list)
-    """Modalities that share one modality expert; those not named have their own."""
-    balance_weight: NonNegative = 0.01
-    """Weight of the load-balance loss, per layer and modality."""
-    z_weight: NonNegative = 0.001
-    """Weight of the router z-loss, per layer and modality."""
+    kind: Literal["shared", "modality", "routed", "zero", "lora"]
+    """`shared`: runs on every token. `modality`: runs on every token of its modalities. `routed`: runs where the router
+    sends. `zero`: a routed expert that computes nothing. `lora`: `base`, frozen, plus a low-rank change: routed, or run
+    on every token of its modalities and tasks where it names some."""
+    count: Count = 1
+    """Number of experts; with modality experts, for each modality or group of them."""
+    width: Count | None = None
+    """Hidden units of each expert; zero and lora experts have none of their own."""
+    modalities: Annotated[list[str], MinLen(1)] | None = None
+    """Who may use these experts; all when not given. A `modality` group without it makes experts for each modality that
+    no other `modality` group names; with it, those modalities share theirs."""
+    tasks: Annotated[list[str], MinLen(1)] | None = None
+    """Only samples of these tasks may use these experts (their skills); all when not given."""
+    per_modality: bool = False
+    """`count` experts for each modality alone, in place of `count` for all of them together."""
+    layers: str = "all"
+    """Where they stand: `all`, `every-2` (the last of each two), `first-1`, `last-1`, or numbers from 0: `0,3`."""
+    id: Annotated[str, MinLen(1)] | None = None
+    """Name in checkpoints and reports, numbered where the group has several; made from kind and modalities if not
+    given."""
+    base: str | None = None
+    """lora: the id of the expert whose weights are changed."""
+    rank: Count | None = None
+    """lora: rank of the change."""
+
+
+def default_groups() -> list[ExpertGroupConfig]:
+    """Half shared, a quarter by modality, a quarter routed: moemm's default."""
+    return [
+        ExpertGroupConfig(kind="shared", width=128),
+        ExpertGroupConfig(kind="modality", width=64),
+        ExpertGroupConfig(kind="routed", count=4, width=64),
+    ]
+
+
+@dataclass(kw_only=True)
+class ExpertsConfig:
+    """The experts of the MoE layers."""
+
+    groups: Annotated[list[ExpertGroupConfig], MinLen(1)] = field(default_factory=default_groups)
+    """Groups of experts. When not given: a shared expert of width 128, one of 64 for each modality, 4 routed of 64."""
     backend: ExpertsBackend = "auto"
     """What runs modality and routed experts: auto, moemm's ops; torch, plain PyTorch; megablocks, its grouped GEMM."""
+
+
+@dataclass(kw_only=True)
+class RouterLossConfig:
+    """Weights of the router's own losses, each taken per layer and modality."""
+
+    balance: NonNegative = 0.01
+    """Load balance of the Switch Transformer (arXiv:2101.03961)."""
+    z: NonNegative = 0.001
+    """Squared log-sum-exp of the logits (ST-MoE, arXiv:2202.08906)."""
+    importance: NonNegative = 0.0
+    """Squared coefficient of variation of the experts' probability mass (arXiv:1701.06538)."""
+    load: NonNegative = 0.0
+    """The same of the smooth load; only `router.kind: noisy` has one."""
+    local_entropy: NonNegative = 0.0
+    """Mean entropy of a token's probabilities: each modality decides (LIMoE, arXiv:2206.02770)."""
+    global_entropy: NonNegative = 0.0
+    """How far the entropy of a modality's mean probabilities is under log of `min_experts` (LIMoE)."""
+    min_experts: Annotated[float, Ge(1.0)] = 2.0
+    """global_entropy: number of experts that each modality should at least use."""
+    mutual_information: NonNegative = 0.0
+    """Mean entropy of the modalities' mean probabilities less the entropy of their mean (FuseMoE, arXiv:2402.03226)."""
+    combination: NonNegative = 0.0
+    """Cross entropy to the expert of the sample's combination of modalities; only `router.kind: combination`."""
+
+
+@dataclass(kw_only=True)
+class RouterConfig:
+    """From a token to its routed experts."""
+
+    kind: Annotated[str, MinLen(1)] = "softmax"
+    """`softmax`; `sigmoid`; `laplace` (softmax of distances); `noisy` (learned noise); `top_p` (as many experts as hold
+    probability `p`); `hard` (all allowed experts, averaged); `expert_choice` (experts take tokens); `batch_priority`
+    (softmax under `capacity`, the surest tokens first); `combination` (softmax; bound to the sample's modalities by
+    `losses.combination`)."""
+    top_k: Count | None = None
+    """Routed experts a token uses: 1 when not given; for hard all, for top_p at most all."""
+    gates: Literal["raw", "renormalised", "straight_through"] = "raw"
+    """What the chosen experts are weighted by: their probabilities; those divided by their sum (a softmax over the
+    chosen); or 1, with the probability's gradient."""
+    scope: Literal["joint", "modality", "disjoint"] = "joint"
+    """`joint`: one router. `modality`: each modality has router weights of its own. `disjoint`: and no routed expert
+    serves two modalities."""
+    p: Annotated[float, Interval(gt=0.0, le=1.0)] | None = None
+    """top_p: probability that the chosen experts hold together; 0.5 when not given."""
+    capacity: Positive | None = None
+    """expert_choice, batch_priority: tokens an expert takes, as a multiple of an even share; 1.25 when not given."""
+    bias_rate: NonNegative = 0.0
+    """After each step an expert's bias for being chosen moves by this much towards even load (arXiv:2408.15664)."""
+    losses: RouterLossConfig = field(default_factory=RouterLossConfig)
+    """The router's own losses."""
 
 
 @dataclass(kw_only=True)
@@ -120,6 +196,8 @@ class ModelConfig:
     """`sparse`: the experts below. `dense`: one FFN of equal active width, to compare with."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     """The experts of each layer."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """From a token to its routed experts."""
     activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
     """Activation inside experts and FFNs."""
     dropout: Share = 0.0

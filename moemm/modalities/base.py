@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
 
 from moemm.data.catalogue import ModalityInfo
 from moemm.data.sample import PackedModality, Value
+from moemm.exact import ExactBuffers
 
 AXES = 3
 """Position axes: place in the sequence (counted in tokens), then two spatial ones in [-1, 1]."""
@@ -45,22 +45,6 @@ class ModalitySpec:
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
     fitted: dict[str, Any] = field(default_factory=dict)
-
-
-class ExactBuffers(nn.Module):
-    """A module whose buffers (statistics, frequencies, filters) move between devices but keep their precision.
-
-    `module.bfloat16()`, which DeepSpeed calls too, would round them: a quantile edge or an angle would be off by 1 %.
-    """
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
 
 class Tokenizer(ExactBuffers, ABC):

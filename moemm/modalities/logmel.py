@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from moemm.modalities.base import ExactBuffers
+from moemm.exact import ExactBuffers
 from moemm.modalities.signal import ranges
 
 

@@ -16,7 +16,7 @@ from moemm.models.heads import Heads
 from moemm.models.position import FourierPosition
 from moemm.models.stream import Stream, join
 from moemm.models.trunk import Trunk
-from moemm.moe import ExpertMap, MoELayer, RouterStats
+from moemm.moe import ExpertMap, MoELayer, RouterStats, active_experts
 
 CHOSEN = ("tokenizers.", "modality_D.", "heads.linear.")
 """Parts of which a token passes through one."""
@@ -37,7 +37,8 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, specs: Mapping[str, ModalitySpec], tasks: Sequence[TaskInfo]):
         super().__init__()
         self.config, self.tasks = config, tuple(tasks)
-        self.map = ExpertMap.from_config(config.experts, list(specs))
+        names = [task.name for task in tasks]
+        self.map = ExpertMap.from_config(config.experts.groups, list(specs), names, config.layers)
         self.tokenizers = nn.ModuleDict({name: build_tokenizer(spec, config.dim) for name, spec in specs.items()})
         self.modality_D = nn.ParameterDict({name: torch.randn(config.dim) * 0.2 for name in specs})
         self.position = FourierPosition(config.dim)
@@ -55,33 +56,48 @@ class Model(nn.Module):
         """The packed stream: tokens + modality embedding + position and time."""
         parts = [self.tokenizers[name](packed) for name, packed in batch.modalities.items()]
         stream = join(parts, batch)
-        embedding_MD = torch.stack(list(self.modality_D.values()))
+        embedding_MD = torch.stack(
+            [self.modality_D[name] for name in self.tokenizers]
+        )  # a ParameterDict sorts its keys
         place_TD = self.position(stream.position_TP, stream.time_T)
         stream.values_TD = stream.values_TD + embedding_MD[stream.modality_T] + place_TD
         return stream
 
     def num_parameters(self) -> tuple[int, int]:
-        """(all parameters, those that one token of one modality and its task's head pass through at most).
+        """(all parameters, those that one token and its task's head pass through at most).
 
         Counted on whole shapes, also where ZeRO-3 has partitioned them.
         """
-        count = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in self.named_parameters()}
-        total = sum(count.values())
-        largest = sum(max(_sums(count, prefix).values()) for prefix in CHOSEN)
-        always = sum(number for name, number in count.items() if not name.startswith(CHOSEN))
-        return total, always + largest - self._idle_experts(count)
+        return sum(self._sizes().values()), max(self.active_parameters(*row) for row in self.map.rows)
 
-    def _idle_experts(self, count: Mapping[str, int]) -> int:
-        """Parameters of the dispatched experts that a token does not visit."""
-        idle = 0
-        for name, layer in self.named_modules():
-            if isinstance(layer, MoELayer) and layer.experts:
-                sizes = _sums(count, f"{name}.experts.")
-                modality = [sizes[e.id] for e in self.map.of_kind("modality")]
-                routed = [sizes[e.id] for e in self.map.of_kind("routed")]
-                used = max(modality, default=0) + sum(sorted(routed)[-self.config.experts.top_k :] if routed else [])
-                idle += sum(modality) + sum(routed) - used
-        return idle
+    def active_parameters(self, modality: str, task: str | None = None) -> int:
+        """Parameters that a token of `modality` passes through at most, with its tokenizer and the largest head.
+
+        task: whose skills the experts are, where some expert names tasks.
+        """
+        count = self._sizes()
+        chosen = (f"tokenizers.{modality}.", f"modality_D.{modality}")
+        own = sum(number for name, number in count.items() if name.startswith(chosen))
+        head = max(_sums(count, "heads.linear.").values())
+        always = sum(number for name, number in count.items() if not name.startswith(CHOSEN))
+        return own + head + always - sum(self._idle(count, number, (modality, task)) for number in self._moe_layers)
+
+    @property
+    def _moe_layers(self) -> list[int]:
+        return [number for number, block in enumerate(self.trunk.blocks) if isinstance(block.ffn, MoELayer)]
+
+    def _idle(self, count: Mapping[str, int], layer: int, row: tuple[str, str | None]) -> int:
+        """Parameters of a layer's experts, and of routers of other modalities, that a token of `row` does not meet."""
+        prefix = f"trunk.blocks.{layer}.ffn."
+        sizes = {**_sums(count, f"{prefix}shared."), **_sums(count, f"{prefix}experts.")}
+        top_k = active_experts(self.config.router)
+        used = self.map.at_layer(layer).active(row, lambda expert: sizes.get(expert.id, 0), top_k=top_k)
+        scopes = _sums(count, f"{prefix}router.rows.")
+        others = sum(number for name, number in scopes.items() if name not in ("all", row[0]))
+        return sum(sizes.values()) - used + others
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in self.named_parameters()}
 
 
 def build_model(config: ModelConfig, *, specs: Mapping[str, ModalitySpec], tasks: Sequence[TaskInfo]) -> Model:

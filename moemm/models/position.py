@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from moemm.modalities.base import ExactBuffers
+from moemm.exact import ExactBuffers
 
 SEQUENCE_BANDS, SPACE_BANDS, TIME_BANDS = 8, 4, 8
 

@@ -17,14 +17,19 @@ from moemm.modalities.base import Tokens
 
 @dataclass(slots=True)
 class Stream:
-    """values_TD (T, D); modality_T, sample_T (T,) int64; position_TP (T, 3), time_T (T,); num_samples B."""
+    """values_TD (T, D); modality_T, sample_T (T,) int64; position_TP (T, 3), time_T (T,); task_B (B,) int64."""
 
     values_TD: torch.Tensor
     modality_T: torch.Tensor
     sample_T: torch.Tensor
     position_TP: torch.Tensor
     time_T: torch.Tensor
-    num_samples: int
+    task_B: torch.Tensor
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return self.task_B.shape[0]
 
 
 def join(parts: Sequence[Tokens], batch: PackedBatch) -> Stream:
@@ -37,5 +42,5 @@ def join(parts: Sequence[Tokens], batch: PackedBatch) -> Stream:
         torch.cat(samples),
         torch.cat([tokens.position_TP for tokens in parts]),
         torch.cat([tokens.time_T for tokens in parts]),
-        batch.num_samples,
+        batch.task,
     )

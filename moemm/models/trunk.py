@@ -8,40 +8,48 @@ from torch import nn
 from moemm.config.schema import ModelConfig
 from moemm.models.attention import Attention, AttentionPlan, Backend
 from moemm.models.stream import Stream
-from moemm.moe import ExpertMap, ExpertShape, FeedForward, MoELayer, RouterStats
+from moemm.moe import (
+    Expert,
+    ExpertMap,
+    ExpertShape,
+    FeedForward,
+    MoELayer,
+    RouterStats,
+    active_experts,
+    bound_expert,
+)
 
 
 class Block(nn.Module):
     """Pre-norm attention and MoE (or a dense FFN of the same active width). T tokens, D width."""
 
-    def __init__(self, config: ModelConfig, expert_map: ExpertMap):
+    def __init__(self, config: ModelConfig, expert_map: ExpertMap, *, layer: int):
         super().__init__()
-        dim, experts = config.dim, config.experts
+        dim = config.dim
         self.attention_norm, self.ffn_norm = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.attention = Attention(dim, config.heads, num_layers=config.layers)
         self.dropout = nn.Dropout(config.dropout)
         if config.moe == "dense":
-            width = active_width(config)
+            width = active_width(config, expert_map)
             self.ffn: nn.Module = FeedForward(dim, width, activation=config.activation, num_layers=config.layers)
         else:
             shape = ExpertShape(
                 dim=dim,
                 activation=config.activation,
                 num_layers=config.layers,
-                top_k=experts.top_k,
-                backend=experts.backend,
+                backend=config.experts.backend,
             )
-            self.ffn = MoELayer(expert_map, shape)
+            self.ffn = MoELayer(expert_map, shape, config.router, layer=layer)
 
     def forward(
-        self, x_TD: torch.Tensor, modality_T: torch.Tensor, plan: AttentionPlan
+        self, x_TD: torch.Tensor, row_T: torch.Tensor, plan: AttentionPlan, target_T: torch.Tensor | None
     ) -> tuple[torch.Tensor, RouterStats | None]:
-        """(T, D) -> (T, D), and the router's statistics where there is a router."""
+        """(T, D) -> (T, D), and the router's statistics where there is a router; row_T, target_T: see MoELayer."""
         x_TD = x_TD + self.dropout(self.attention(self.attention_norm(x_TD), plan))
         normed_TD = self.ffn_norm(x_TD)
         stats = None
         if isinstance(self.ffn, MoELayer):
-            out_TD, stats = self.ffn(normed_TD, modality_T)
+            out_TD, stats = self.ffn(normed_TD, row_T, target_T)
         else:
             out_TD = self.ffn(normed_TD)
         return x_TD + self.dropout(out_TD), stats
@@ -52,19 +60,46 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig, expert_map: ExpertMap):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(config, expert_map) for _ in range(config.layers))
+        self.map, self.bound = expert_map, config.router.kind == "combination"
+        self.blocks = nn.ModuleList(Block(config, expert_map, layer=layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.backend = config.attention
 
     def forward(self, stream: Stream) -> tuple[torch.Tensor, RouterStats | None]:
-        """(T, D) of the stream -> (T, D), and the statistics of all layers."""
+        """(T, D) of the stream -> (T, D), and the statistics of the layers that have a router."""
         x_TD, collected = stream.values_TD, []
         plan = AttentionPlan.make(stream.sample_T, num_samples=stream.num_samples, backend=self._backend(x_TD))
+        row_T = self.map.row(stream.modality_T, stream.task_B[stream.sample_T])
         for block in self.blocks:
-            x_TD, stats = block(x_TD, stream.modality_T, plan)
+            x_TD, stats = block(x_TD, row_T, plan, self._targets(block, stream, row_T))
             if stats is not None:
                 collected.append(stats)
         return self.norm(x_TD), RouterStats.stack(collected) if collected else None
+
+    @property
+    def routed_layers(self) -> dict[int, MoELayer]:
+        """Layer number -> MoE layer, of those with a router: the L of RouterStats."""
+        found = {number: block.ffn for number, block in enumerate(self.blocks)}
+        return {number: ffn for number, ffn in found.items() if isinstance(ffn, MoELayer) and ffn.router is not None}
+
+    def allowed(self) -> torch.Tensor | None:
+        """(L, M, E) bool: which row may use which routed expert, in the layers that have a router; None without."""
+        found = []
+        for layer in self.routed_layers.values():
+            assert layer.router is not None
+            allowed_ME = layer.router.allowed_ME
+            wide_ME = allowed_ME.new_zeros(allowed_ME.shape[0], layer.num_columns)
+            found.append(wide_ME.index_copy(1, layer.column_E, allowed_ME))
+        return torch.stack(found) if found else None
+
+    def _targets(self, block: nn.Module, stream: Stream, row_T: torch.Tensor) -> torch.Tensor | None:
+        """(T,) the expert that each token is bound to by the modalities of its sample, for `kind: combination`."""
+        layer = block.ffn
+        if not self.bound or not isinstance(layer, MoELayer) or layer.router is None:
+            return None
+        present_BM = torch.zeros(stream.num_samples, len(self.map.modalities), dtype=torch.bool, device=row_T.device)
+        present_BM[stream.sample_T, stream.modality_T] = True
+        return bound_expert(present_BM, layer.router.allowed_ME)[stream.sample_T, row_T]
 
     def _backend(self, x_TD: torch.Tensor) -> Backend:
         """Buckets of dense blocks unless CUDA's variable-length kernels can run: they want half precision."""
@@ -73,8 +108,16 @@ class Trunk(nn.Module):
         return "nested" if x_TD.is_cuda and x_TD.dtype in (torch.bfloat16, torch.float16) else "padded"
 
 
-def active_width(config: ModelConfig) -> int:
-    """Hidden units that one token passes through in a sparse layer; the width of the dense FFN to compare with."""
-    experts = config.experts
-    routed = experts.top_k * experts.routed_width if experts.routed else 0
-    return experts.shared_width + experts.modality_width + routed
+def active_width(config: ModelConfig, expert_map: ExpertMap) -> int:
+    """Hidden units that one token passes through at most in a sparse layer; the width of the dense FFN to compare with.
+
+    Layers with fewer experts count too: the mean over layers.
+    """
+    top_k = active_experts(config.router)
+    layers = [expert_map.at_layer(layer) for layer in range(config.layers)]
+    widest = [max(one.active(row, _width, top_k=top_k) for row in one.rows) for one in layers]
+    return max(1, round(sum(widest) / len(widest)))
+
+
+def _width(expert: Expert) -> int:
+    return expert.width

@@ -1,22 +1,28 @@
-"""Mixture of experts: the expert map, the router, the experts, and the layer that joins them."""
+"""Mixture of experts: the expert map, routers, the experts, and the layer that joins them."""
 
 from moemm.moe.expert_map import Expert, ExpertMap
-from moemm.moe.experts import FeedForward
+from moemm.moe.experts import FeedForward, LowRank
 from moemm.moe.layer import ExpertShape, MoELayer
-from moemm.moe.losses import router_loss
-from moemm.moe.router import ROUTERS, Router, Routing, register_router
+from moemm.moe.losses import LOSSES, router_loss
+from moemm.moe.router import Router, active_experts
+from moemm.moe.routers import ROUTERS, RouteInput, Routing, bound_expert, register_router
 from moemm.moe.stats import RouterStats
 
 __all__ = [
+    "LOSSES",
     "ROUTERS",
     "Expert",
     "ExpertMap",
     "ExpertShape",
     "FeedForward",
+    "LowRank",
     "MoELayer",
+    "RouteInput",
     "Router",
     "RouterStats",
     "Routing",
+    "active_experts",
+    "bound_expert",
     "register_router",
     "router_loss",
 ]

@@ -1,6 +1,6 @@
-"""The MoE layer: shared expert + modality experts + routed experts, by one expert map.
+"""The MoE layer: shared, hard and routed experts, by one expert map.
 
-T tokens, D width, E experts that are dispatched to (modality ones first, then routed ones), K slots a token.
+T tokens, D width, E experts that are dispatched to (hard ones first, then routed ones), K slots a token, M rows.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moemm.config.schema import ExpertsBackend
+from moemm.config.schema import ExpertsBackend, RouterConfig
 from moemm.moe.backends import expert_runner
-from moemm.moe.expert_map import ExpertMap
-from moemm.moe.experts import FeedForward
+from moemm.moe.expert_map import Expert, ExpertMap
+from moemm.moe.experts import FeedForward, LowRank
 from moemm.moe.router import Router
+from moemm.moe.routers import Routed
 from moemm.moe.stats import RouterStats
 from moemm.ops.grouped_mlp import Activation
+
+Slots = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,66 +30,127 @@ class ExpertShape:
     dim: int
     activation: Activation
     num_layers: int
-    top_k: int
     backend: ExpertsBackend = "auto"
 
 
 class MoELayer(nn.Module):
-    """y = shared(x) + modality_expert(x) + sum over top-k of gate x routed_expert(x).
+    """y = sum of shared(x) + sum of hard experts that serve x + sum over top-k of gate x routed_expert(x).
 
-    All dispatched experts run in one op, which gives each a gradient, zeros where it has no rows: each rank's
-    parameters get theirs in the same order (ZeRO-1 and 2 mix them up otherwise).
+    expert_map: of the whole trunk; `layer` picks its part. All dispatched experts run in one op, which gives each a
+    gradient, zeros where it has no rows: each rank's parameters get theirs in the same order (ZeRO-1 and 2 mix them up
+    otherwise).
     """
 
-    own_M: torch.Tensor | None
+    hard_MK: torch.Tensor
+    place_E: torch.Tensor
+    column_E: torch.Tensor
 
-    def __init__(self, expert_map: ExpertMap, shape: ExpertShape):
+    def __init__(self, expert_map: ExpertMap, shape: ExpertShape, router: RouterConfig, *, layer: int = 0):
         super().__init__()
         # The op reads the experts' weights past their modules' forward, where ZeRO-3 would gather them: it has to
         # gather this layer's parameters together. DeepSpeed looks for this name (utils.set_z3_leaf_module sets it).
         self._z3_leaf = True
-        self.map, self.activation = expert_map, shape.activation
-        self.shared = nn.ModuleDict({e.id: _expert(e.width, shape) for e in expert_map.of_kind("shared")})
-        dispatched = expert_map.of_kind("modality") + expert_map.of_kind("routed")
-        self.experts = nn.ModuleDict({e.id: _expert(e.width, shape) for e in dispatched})
-        self.run_experts = expert_runner(shape.backend, widths=[e.width for e in dispatched])
-        self.num_modality_experts = len(expert_map.of_kind("modality"))
-        allowed_ME = expert_map.allowed("modality")
-        self.register_buffer("own_M", allowed_ME.int().argmax(-1) if allowed_ME.numel() else None, persistent=False)
-        routed = expert_map.of_kind("routed")
-        self.router = (
-            Router(shape.dim, [e.id for e in routed], expert_map.allowed("routed"), top_k=shape.top_k)
-            if routed
-            else None
-        )
+        self.map, self.activation = expert_map.at_layer(layer), shape.activation
+        routed, everywhere = self.map.of_role("routed"), [e.id for e in expert_map.of_role("routed")]
+        dispatched = [e for e in (*self.map.of_role("hard"), *routed) if e.kind != "zero"]
+        networks = {e.id: _network(e, shape) for e in self.map.experts if e.width}
+        self.shared = nn.ModuleDict({e.id: networks[e.id] for e in self.map.of_role("shared")})
+        self.experts = nn.ModuleDict({e.id: networks.get(e.id) or _low_rank(e, networks) for e in dispatched})
+        self.run_experts = expert_runner(shape.backend, widths=[_width(e, networks) for e in dispatched])
+        self.base = {e.id: e.base for e in dispatched if e.base}
+        place = {e.id: number for number, e in enumerate(dispatched)}
+        # One entry more, -1, for what a slot without expert (-1) looks up.
+        self.register_buffer("place_E", torch.tensor([*(place.get(e.id, -1) for e in routed), -1]), persistent=False)
+        self.register_buffer("hard_MK", _hard_slots(self.map, place), persistent=False)
+        columns = torch.tensor([everywhere.index(e.id) for e in routed], dtype=torch.int64)
+        self.register_buffer("column_E", columns, persistent=False)
+        self.num_columns = len(everywhere)
+        self.router = Router(shape.dim, self.map, router) if routed else None
 
-    def forward(self, x_TD: torch.Tensor, modality_T: torch.Tensor) -> tuple[torch.Tensor, RouterStats | None]:
-        """x_TD (T, D), modality_T (T,) int64 -> (T, D), and the router's statistics where there is a router."""
+    def forward(
+        self, x_TD: torch.Tensor, row_T: torch.Tensor, target_T: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, RouterStats | None]:
+        """x_TD (T, D), row_T (T,) int64 -> (T, D), and the router's statistics where there is a router.
+
+        target_T: (T,) int64, see Router.
+        """
         shared = [network(x_TD) for network in self.shared.values()]
         shared_TD = functools.reduce(torch.add, shared) if shared else None
-        if shared_TD is not None and not self.experts:
-            return shared_TD, None
-        gates_TK, experts_TK, stats = self._slots(x_TD, modality_T)
-        w1, w2 = ([getattr(expert, name) for expert in self.experts.values()] for name in ("w1_FD", "w2_DF"))
-        out_TD = self.run_experts(x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation)
-        return out_TD, stats
+        slots, stats = self._slots(x_TD, row_T, target_T)
+        if not self.experts:
+            return torch.zeros_like(x_TD) if shared_TD is None else shared_TD, stats
+        gates_TK, experts_TK = (torch.cat(part, dim=1) for part in zip(*slots, strict=True))
+        options = {"residual_TD": shared_TD, "activation": self.activation}
+        return self.run_experts(x_TD, gates_TK, experts_TK, *self._weights(), **options), stats
 
     def _slots(
-        self, x_TD: torch.Tensor, modality_T: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, RouterStats | None]:
-        """Gates and experts of every slot: first the modality's own expert (gate 1), then the routed ones."""
-        gates, experts, stats = [], [], None
-        if self.own_M is not None:
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            gates.append(x_TD.new_ones(x_TD.shape[0], 1, dtype=wide))
-            experts.append(self.own_M[modality_T, None])
+        self, x_TD: torch.Tensor, row_T: torch.Tensor, target_T: torch.Tensor | None
+    ) -> tuple[list[Slots], RouterStats | None]:
+        """Gates and experts of every slot: first the hard experts (gate 1), then the routed ones."""
+        slots: list[Slots] = []
+        stats = None
+        if self.hard_MK.shape[1]:
+            hard_TK = self.hard_MK[row_T]
+            slots.append((torch.ones_like(hard_TK, dtype=torch.promote_types(x_TD.dtype, torch.float32)), hard_TK))
         if self.router is not None:
-            routed = self.router(x_TD, modality_T)
-            gates.append(routed.gates_TK)
-            experts.append(routed.experts_TK + self.num_modality_experts)
-            stats = RouterStats(routed.load_ME[None], routed.prob_ME[None], routed.z_M[None], routed.tokens_M)
-        return torch.cat(gates, dim=1), torch.cat(experts, dim=1), stats
+            routed = self.router(x_TD, row_T, target_T)
+            slots.append((routed.topk.gates_TK, self.place_E[routed.topk.experts_TK]))
+            stats = self._stats(routed)
+        return slots, stats
+
+    def _weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """w1 and w2 of every dispatched expert."""
+        networks = {**self.shared, **self.experts}
+        pairs = []
+        for name, network in self.experts.items():
+            base = networks.get(self.base.get(name, ""))
+            pairs.append(network.weights(base.weights()) if base is not None else network.weights())  # type: ignore[operator]
+        return [w1 for w1, _ in pairs], [w2 for _, w2 in pairs]
+
+    def _stats(self, routed: Routed) -> RouterStats:
+        """The router's sums, with a column for every routed expert of the trunk."""
+        topk = routed.topk
+        zero_M = torch.zeros_like(topk.z_M.detach())
+
+        def wide(sums_ME: torch.Tensor | None) -> torch.Tensor:
+            if sums_ME is None:
+                return zero_M.new_zeros(1, zero_M.shape[0], self.num_columns)
+            if sums_ME.shape[1] == self.num_columns:
+                return sums_ME[None]
+            return sums_ME.new_zeros(sums_ME.shape[0], self.num_columns).index_copy(1, self.column_E, sums_ME)[None]
+
+        def narrow(sums_M: torch.Tensor | None) -> torch.Tensor:
+            return (zero_M if sums_M is None else sums_M)[None]
+
+        return RouterStats(
+            load_LME=wide(topk.load_ME),
+            prob_LME=wide(topk.prob_ME),
+            smooth_LME=wide(routed.smooth_ME),
+            z_LM=narrow(topk.z_M),
+            entropy_LM=narrow(routed.entropy_M),
+            binding_LM=narrow(routed.binding_M),
+            dropped_LM=narrow(routed.dropped_M),
+            tokens_M=topk.tokens_M,
+        )
 
 
-def _expert(width: int, shape: ExpertShape) -> FeedForward:
-    return FeedForward(shape.dim, width, activation=shape.activation, num_layers=shape.num_layers)
+def _width(expert: Expert, networks: dict[str, FeedForward]) -> int:
+    return networks[expert.base or expert.id].w2_DF.shape[1]
+
+
+def _network(expert: Expert, shape: ExpertShape) -> FeedForward:
+    return FeedForward(shape.dim, expert.width, activation=shape.activation, num_layers=shape.num_layers)
+
+
+def _low_rank(expert: Expert, networks: dict[str, FeedForward]) -> LowRank:
+    assert expert.base is not None
+    networks[expert.base].requires_grad_(False)
+    return LowRank(networks[expert.base], expert.rank)
+
+
+def _hard_slots(layer_map: ExpertMap, place: dict[str, int]) -> torch.Tensor:
+    """(M, K) int64: the dispatched experts that run on every token of a row; -1 where a row has fewer."""
+    hard = layer_map.of_role("hard")
+    rows = [[place[expert.id] for expert in hard if expert.serves(*row)] for row in layer_map.rows]
+    most = max(map(len, rows))
+    return torch.tensor([row + [-1] * (most - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), most)

@@ -1,96 +1,140 @@
-"""From token to gates: which routed experts a token uses, and how much of each.
-
-T tokens, D width, E routed experts, K chosen, M modalities. A router is a function of logits, registered by name.
-"""
+"""The router of one layer: its weights, and what it gives a router function. T tokens, D width, E experts, M rows."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moemm import ops
+from moemm.config.schema import RouterConfig
 from moemm.errors import ConfigError
-from moemm.moe.stats import sum_by_modality
-from moemm.ops import RouteTopk
+from moemm.exact import ExactBuffers
+from moemm.moe.expert_map import ExpertMap
+from moemm.moe.routers import CAPACITY, ROUTERS, P, Routed, RouteInput, route
+
+_ALL = {"hard", "top_p"}  # kinds for which no top_k means every allowed expert
 
 
-class Routing(NamedTuple):
-    """What a router function of one's own returns.
-
-    gates_TK floating, experts_TK int64, prob_TE the probabilities that the gates were taken from.
-    """
-
-    gates_TK: torch.Tensor
-    experts_TK: torch.Tensor
-    prob_TE: torch.Tensor
-
-
-RouterFunction = Callable[..., Routing]
-ROUTERS: dict[str, Callable[..., RouteTopk]] = {
-    "softmax": functools.partial(ops.route_topk, kind="softmax"),
-    "sigmoid": functools.partial(ops.route_topk, kind="sigmoid"),
-}
-"""Name -> (logits_TE, modality_T, allowed_ME, top_k=) -> RouteTopk. Gates are not renormalised: a router then has a
-gradient at k = 1 too. (Top-k before softmax, and softmax followed by renormalising, give exactly zero there.)"""
-
-
-def register_router(name: str) -> Callable[[RouterFunction], RouterFunction]:
-    """Make a function (masked logits_TE, top_k=) -> Routing known by name; forbidden experts' logits are -inf."""
-
-    def add(function: RouterFunction) -> RouterFunction:
-        if name in ROUTERS:
-            raise ConfigError(f"router '{name}' is registered twice; give {function.__module__} another name")
-        ROUTERS[name] = functools.partial(_with_statistics, function)
-        return function
-
-    return add
-
-
-def _with_statistics(
-    function: RouterFunction, logits_TE: torch.Tensor, modality_T: torch.Tensor, allowed_ME: torch.Tensor, *, top_k: int
-) -> RouteTopk:
-    """Calls a router function on masked logits and takes the sums that the losses need."""
-    logits_TE = logits_TE.masked_fill(~allowed_ME[modality_T], float("-inf"))
-    gates_TK, experts_TK, prob_TE = function(logits_TE, top_k=top_k)
-    total = functools.partial(sum_by_modality, modality_T=modality_T, num_modalities=allowed_ME.shape[0])
-    chosen_TE = torch.zeros_like(prob_TE).scatter(1, experts_TK, 1.0).detach()
-    z_T1 = torch.logsumexp(logits_TE, dim=-1, keepdim=True).square()
-    ones_T1 = torch.ones_like(z_T1)
-    return RouteTopk(
-        gates_TK, experts_TK, total(chosen_TE), total(prob_TE), total(z_T1)[:, 0], total(ones_T1).detach()[:, 0]
-    )
-
-
-class Router(nn.Module):
-    """One row of weights an expert, stored by expert id: adding an expert adds a tensor and reshapes none.
+class Router(ExactBuffers):
+    """One row of weights an expert (and modality, in scopes of one), stored by name: adding an expert adds a tensor and
+    reshapes none.
 
     Computes in fp32 also where the stream is narrower. A modality's forbidden experts get -inf before the softmax.
+
+    Raises ConfigError where top_k is more than a modality may use, or `scope: disjoint` and experts serve several.
     """
 
     allowed_ME: torch.Tensor
 
-    def __init__(self, dim: int, ids: Sequence[str], allowed_ME: torch.Tensor, *, top_k: int, kind: str = "softmax"):
+    def __init__(self, dim: int, layer_map: ExpertMap, config: RouterConfig):
         super().__init__()
-        if kind not in ROUTERS:
-            raise ConfigError(f"router '{kind}' is not known; known are {', '.join(sorted(ROUTERS))}")
-        fewest = int(allowed_ME.sum(-1).min())
-        if fewest < top_k:
-            raise ConfigError(f"model.experts.top_k is {top_k}, but a modality may use only {fewest} routed experts")
-        self.rows = nn.ParameterDict({name: nn.Parameter(torch.empty(dim)) for name in ids})
-        self.choose, self.top_k = ROUTERS[kind], top_k
-        self.register_buffer("allowed_ME", allowed_ME, persistent=False)
-        for row in self.rows.values():
-            nn.init.normal_(row, std=0.02)
+        if config.kind not in ROUTERS:
+            known = ", ".join(sorted(ROUTERS))
+            raise ConfigError(f"model.router.kind is {config.kind}; known are {known}, and what register_router adds")
+        self.kind, self.config = ROUTERS[config.kind], config
+        self.ids = [expert.id for expert in layer_map.of_role("routed")]
+        self.register_buffer("allowed_ME", layer_map.allowed("routed"), persistent=False)
+        self.top_k = _top_k(layer_map, config)
+        self.num_tasks = max(1, len(layer_map.tasks))
+        self.scopes = ["all"]
+        if config.scope != "joint":
+            self.scopes = list(layer_map.modalities)
+            _check_scope(layer_map, config)
+        learned = self.kind.learned
+        self.rows = nn.ModuleDict({name: _rows(self.ids if learned else [], dim, 0.02) for name in self.scopes})
+        self.noise = _rows(self.ids, dim, 0.0) if self.kind.noisy else None
+        for name in self.ids if config.bias_rate else ():
+            self.register_buffer(f"bias_{name}", torch.zeros(()))
 
-    def forward(self, x_TD: torch.Tensor, modality_T: torch.Tensor) -> RouteTopk:
-        """Gates, experts and statistics of the tokens x_TD (T, D) of modalities modality_T (T,) int64."""
+    def forward(self, x_TD: torch.Tensor, row_T: torch.Tensor, target_T: torch.Tensor | None = None) -> Routed:
+        """Gates, experts and sums of the tokens x_TD (T, D); row_T (T,) int64 of the expert map.
+
+        target_T: (T,) int64 routed expert that a token is bound to, for `kind: combination`.
+        """
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        weight_ED = torch.stack([row.to(wide) for row in self.rows.values()])
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(wide), weight_ED)
-        return self.choose(logits_TE, modality_T, self.allowed_ME, top_k=self.top_k)
+            x_TD = x_TD.to(wide)
+            logits_TE = self._logits(x_TD, row_T)
+            noise_TE = None
+            if self.noise is not None and self.training:
+                noise_TE = F.softplus(F.linear(x_TD, _stack(self.noise, self.ids, wide))) + 0.01
+            given = RouteInput(
+                logits_TE=logits_TE,
+                row_T=row_T,
+                allowed_ME=self.allowed_ME,
+                top_k=self.top_k,
+                gates=self.config.gates,
+                p=self.config.p or P,
+                capacity=self.config.capacity or CAPACITY,
+                bias_E=self.bias(),
+                noise_TE=noise_TE,
+                target_T=target_T,
+            )
+            return route(self.kind, given, entropy=self.config.losses.local_entropy > 0)
+
+    def bias(self) -> torch.Tensor | None:
+        """(E,) fp32 added to the scores for choosing only; None without `bias_rate`."""
+        return torch.stack([getattr(self, f"bias_{name}") for name in self.ids]) if self.config.bias_rate else None
+
+    @torch.no_grad()
+    def update_bias(self, load_E: torch.Tensor) -> None:
+        """One move of every bias towards even load (arXiv:2408.15664); load_E (E,): of the step, over all ranks."""
+        for name, less in zip(self.ids, torch.sign(load_E.mean() - load_E), strict=True):
+            getattr(self, f"bias_{name}").add_(self.config.bias_rate * less)
+
+    def _logits(self, x_TD: torch.Tensor, row_T: torch.Tensor) -> torch.Tensor:
+        if not self.kind.learned:
+            return x_TD.new_zeros(x_TD.shape[0], len(self.ids))
+        weight_SED = torch.stack([_stack(rows, self.ids, x_TD.dtype) for rows in self.rows.values()])
+        flat_XD = weight_SED.flatten(0, 1)
+        logits_TX = F.linear(x_TD, flat_XD)
+        if self.kind.distance:
+            square_TX = x_TD.square().sum(-1, keepdim=True) + flat_XD.square().sum(-1) - 2 * logits_TX
+            logits_TX = -square_TX.clamp_min(1e-12).sqrt()
+        if len(self.scopes) == 1:
+            return logits_TX
+        scope_T = row_T.div(self.num_tasks, rounding_mode="floor")
+        columns_TE = scope_T[:, None] * len(self.ids) + torch.arange(len(self.ids), device=row_T.device)
+        return logits_TX.gather(1, columns_TE)
+
+
+def active_experts(config: RouterConfig) -> int | None:
+    """Routed experts that a token uses at most; None: all that it may."""
+    return config.top_k if config.kind in _ALL else config.top_k or 1
+
+
+def _rows(ids: list[str], dim: int, deviation: float) -> nn.ParameterDict:
+    return nn.ParameterDict({name: nn.Parameter(torch.randn(dim) * deviation) for name in ids})
+
+
+def _stack(rows: nn.Module, ids: list[str], dtype: torch.dtype) -> torch.Tensor:
+    """(E, D); by name, because a ParameterDict sorts: routed_10 before routed_2."""
+    return torch.stack([getattr(rows, name).to(dtype) for name in ids])
+
+
+def _top_k(layer_map: ExpertMap, config: RouterConfig) -> int:
+    """Slots a token, checked against what each row may use."""
+    number_M = layer_map.allowed("routed").sum(-1)
+    fewest, most = int(number_M.min()), int(number_M.max())
+    top_k = active_experts(config) or most
+    needed = 1 if config.kind in _ALL else top_k
+    if fewest < needed:
+        modality, task = layer_map.rows[int(number_M.argmin())]
+        who = modality if task is None else f"{modality} in task {task}"
+        raise ConfigError(
+            f"model.router.top_k is {top_k}, but {who} may use only {fewest} routed experts; lower it, or add routed "
+            f"(or zero) experts that serve {who}"
+        )
+    return min(top_k, len(layer_map.of_role("routed")))
+
+
+def _check_scope(layer_map: ExpertMap, config: RouterConfig) -> None:
+    if config.scope != "disjoint":
+        return
+    for expert in layer_map.of_role("routed"):
+        served = [name for name in layer_map.modalities if expert.serves(name)]
+        if len(served) > 1:
+            raise ConfigError(
+                f"model.router.scope is disjoint, but expert {expert.id} serves {', '.join(served)}; give its group "
+                "`per_modality: true`, or `modalities` with one name"
+            )

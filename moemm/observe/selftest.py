@@ -94,7 +94,7 @@ def _train_tiny(*, num_steps: int) -> list[float]:
             modalities=("signal",), sizes={"train": 16},
         )  # fmt: skip
         specs = fit_modalities([info], {}, lambda name: x_BF.numpy())
-        config = ModelConfig(dim=16, layers=1, heads=2, experts=ExpertsConfig(shared_width=16, modality_width=16))
+        config = ModelConfig(dim=16, layers=1, heads=2, experts=ExpertsConfig())
         model = build_model(config, specs=specs, tasks=[task])
         batch = PackedBatch(
             modalities={"signal": PackedModality({"data": x_BF}, None, torch.arange(16))},

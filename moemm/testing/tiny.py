@@ -53,7 +53,13 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> LoadedConfig:
             "dim": 16,
             "heads": 2,
             "layers": 2,
-            "experts": {"shared_width": 16, "modality_width": 8, "routed": 2, "routed_width": 8},
+            "experts": {
+                "groups": [
+                    {"kind": "shared", "width": 16},
+                    {"kind": "modality", "width": 8},
+                    {"kind": "routed", "count": 2, "width": 8},
+                ]
+            },
         },
         "train": {"output": str(folder / "run"), "steps": 6, "batch_size": 8, "log_every": 1, "warmup": 0.2},
     }

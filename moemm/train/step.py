@@ -41,14 +41,14 @@ class MicroLoss:
 class Objective:
     """Supervised losses + router losses, scaled for the engine.
 
-    allowed_ME: which modality may use which routed expert; None for a model without a router.
+    allowed_LME: which modality may use which routed expert; None for a model without a router.
     """
 
     def __init__(
-        self, tasks: tuple[TaskInfo, ...], config: Config, world: World, allowed_ME: torch.Tensor | None
+        self, tasks: tuple[TaskInfo, ...], config: Config, world: World, allowed_LME: torch.Tensor | None
     ) -> None:
-        self.tasks, self._world, self._allowed_ME = tasks, world, allowed_ME
-        self._experts, self._smoothing = config.model.experts, config.train.label_smoothing
+        self.tasks, self._world, self._allowed_LME = tasks, world, allowed_LME
+        self._router_losses, self._smoothing = config.model.router.losses, config.train.label_smoothing
         # The engine divides by ranks x micro-batches; the samples of the step are batch_size.
         self._scale = world.size * config.train.accumulation / config.train.batch_size
         self._weights_T = torch.tensor([task.weight for task in tasks], device=world.device)
@@ -61,12 +61,11 @@ class Objective:
         return MicroLoss(self._scale * (self._weights_T * sums_T).sum() + router, sums_T.detach(), router.detach())
 
     def _router(self, output: ModelOutput) -> torch.Tensor:
-        assert output.router is not None and self._allowed_ME is not None
+        assert output.router is not None and self._allowed_LME is not None
         return router_loss(
             output.router,
-            allowed_ME=self._allowed_ME,
-            balance_weight=self._experts.balance_weight,
-            z_weight=self._experts.z_weight,
+            allowed_LME=self._allowed_LME,
+            config=self._router_losses,
             reduce=sum_over_ranks,
             world_size=self._world.size,
         )
@@ -87,8 +86,9 @@ class WindowMeans:
 class Window:
     """Counts since the last report, on this rank; no synchronisation until `take`."""
 
-    def __init__(self, tasks: tuple[TaskInfo, ...], config: Config, world: World) -> None:
+    def __init__(self, tasks: tuple[TaskInfo, ...], config: Config, world: World, *, num_modalities: int) -> None:
         self._tasks, self._batch_size, self._world = tasks, config.train.batch_size, world
+        self._num_modalities = num_modalities
         self._accumulation = config.train.accumulation
         self._weights = [task.weight for task in tasks]
         self._clear()
@@ -111,7 +111,7 @@ class Window:
             if task.target == "classification":
                 row[2] += (output.outputs[task.name].argmax(-1) == targets[task.name]).sum()
         if output.router is not None:
-            load_LME = output.router.load_LME.detach()
+            load_LME = output.router.load_LME.detach().unflatten(1, (self._num_modalities, -1)).sum(2)
             self._load_LME = load_LME if self._load_LME is None else self._load_LME + load_LME
 
     def take(self) -> WindowMeans:

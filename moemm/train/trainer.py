@@ -21,6 +21,7 @@ from moemm.distributed import World, gather_objects
 from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
 from moemm.modalities import prepare_functions
 from moemm.observe.records import Metrics, RunInfo
+from moemm.train.balance import RouterBalance
 from moemm.train.callbacks import Callback
 from moemm.train.engine import Engine
 from moemm.train.guard import GradientGuard
@@ -55,17 +56,14 @@ class Trainer:
         stage = self.config.deepspeed.zero_stage
         self._guard = GradientGuard(model, world_size=world.size, watch_forward=stage == 3)
         self.engine = Engine(model, self.config, world)
-        self._objective = Objective(setup.catalogue.tasks, self.config, world, self._allowed())
-        self._window = Window(setup.catalogue.tasks, self.config, world)
+        self._balance = RouterBalance(model.trunk)
+        allowed_LME = model.trunk.allowed()
+        self._objective = Objective(setup.catalogue.tasks, self.config, world, allowed_LME)
+        num_modalities = len(setup.catalogue.modalities)
+        self._window = Window(setup.catalogue.tasks, self.config, world, num_modalities=num_modalities)
         self._prepare = prepare_functions(setup.specs)
         # Weights are equal on all ranks; from here on each rank draws its own dropout.
         seed_everything(self.config.train.seed + 7919 * (world.rank + 1), deterministic=self.config.train.deterministic)
-
-    def _allowed(self) -> torch.Tensor | None:
-        if self._expert_map is None or not self._expert_map.of_kind("routed"):
-            return None
-        allowed: torch.Tensor = self._expert_map.allowed("routed").to(self.world.device)
-        return allowed
 
     def restore(self, folder: Path, step: int) -> None:
         """Go on from a verified checkpoint. Raises CheckpointError."""
@@ -160,6 +158,8 @@ class Trainer:
             self.engine.backward(loss.backward)
             self._window.add(loss, output, batch.targets)
             self.engine.step(lr=lr)
+            self._balance.add(output.router)
+        self._balance.step()
         self.stopped_by = stop
         self._norm = self.engine.grad_norm
         if self._norm is not None and not np.isfinite(self._norm):

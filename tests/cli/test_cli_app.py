@@ -48,7 +48,7 @@ def test_groups_have_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "a.yaml", "--resmue"], "moemm train has no option --resmue; did you mean --resume?"),
         (["train", "a.yaml", "--dim", "3"], "moemm train has no option --dim; did you mean --model.dim?"),
         (["evaluate", "run", "--model.dim", "3"], "moemm evaluate has no option --model.dim"),
-        (["config", "explain", "model.topk"], "did you mean model.experts.top_k?"),
+        (["config", "explain", "model.topk"], "did you mean model.router.top_k?"),
         (["config", "show", "nowhere.yaml"], "nowhere.yaml: no such config file"),
     ],
 )
@@ -174,7 +174,7 @@ def test_config_show_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["config", "explain", "model.experts.top_k"]) == 0
+    assert app.main(["config", "explain", "model.router.top_k"]) == 0
     assert "a whole number >= 1" in capsys.readouterr().out
     assert app.main(["config", "explain"]) == 0
     assert "train.checkpoint.keep" in capsys.readouterr().out

@@ -14,12 +14,89 @@ from moemm.errors import ConfigError
 
 TASK = {"name": "digits", "file": "digits.h5", "modalities": ["image", "sound"]}
 
+SHARED, ROUTED = {"kind": "shared", "width": 8}, {"kind": "routed", "width": 8, "count": 2}
+MODALITY = {"kind": "modality", "width": 8}
+
+
+def groups(*given: dict[str, Any]) -> dict[str, Any]:
+    return {"groups": list(given)}
+
+
 PAIRS: dict[str, tuple[dict[str, Any], str]] = {
     "heads and dim": ({"model": {"dim": 64, "heads": 5}}, r"model\.heads: does not divide model\.dim, which is 64"),
-    "top_k and routed": ({"model": {"experts": {"routed": 2, "top_k": 3}}}, r"top_k: is more than .*, which is 2"),
-    "no experts": (
-        {"model": {"experts": {"routed": 0, "shared_width": 0, "modality_width": 0}}},
-        r"model\.experts: leaves no expert at all",
+    "top_k and routed": (
+        {"model": {"router": {"top_k": 3}, "experts": groups(ROUTED)}},
+        r"router\.top_k: is more than the routed experts of model\.experts\.groups, which are 2",
+    ),
+    "top_k and nothing routed": (
+        {"model": {"router": {"top_k": 1}, "experts": groups(SHARED)}},
+        r"router\.top_k: has no meaning: no group",
+    ),
+    "renormalised gates of one": (
+        {"model": {"router": {"gates": "renormalised"}}},
+        r"router\.gates: needs top_k of 2 or more: with 1 the gate is always 1",
+    ),
+    "an option of another router": ({"model": {"router": {"p": 0.5}}}, r"router\.p: has no meaning for kind softmax"),
+    "capacity of a router without": (
+        {"model": {"router": {"kind": "top_p", "capacity": 2.0}}},
+        r"router\.capacity: has no meaning for kind top_p",
+    ),
+    "top_k of hard": (
+        {"model": {"router": {"kind": "hard", "top_k": 2}}},
+        r"router\.top_k: has no meaning for kind hard",
+    ),
+    "bias of top_p": (
+        {"model": {"router": {"kind": "top_p", "bias_rate": 0.001}}},
+        r"router\.bias_rate: has no meaning for kind top_p",
+    ),
+    "a router that is misspelt": (
+        {"model": {"router": {"kind": "sofmax"}}},
+        r"router\.kind: .*; did you mean softmax\?",
+    ),
+    "smooth load without noise": (
+        {"model": {"router": {"losses": {"load": 0.1}}}},
+        r"losses\.load: needs model\.router\.kind noisy",
+    ),
+    "binding without combination": (
+        {"model": {"router": {"losses": {"combination": 0.1}}}},
+        r"losses\.combination: needs model\.router\.kind combination",
+    ),
+    "a threshold without its loss": (
+        {"model": {"router": {"losses": {"min_experts": 3.0}}}},
+        r"losses\.min_experts: has no meaning without `global_entropy`",
+    ),
+    "no experts": ({"model": {"experts": {"groups": []}}}, r"model\.experts\.groups: holds too few values"),
+    "a shared expert without width": (
+        {"model": {"experts": groups({"kind": "shared"})}},
+        r"groups\.0\.width: is missing; kind shared needs it",
+    ),
+    "a zero expert with width": (
+        {"model": {"experts": groups(SHARED, {"kind": "zero", "width": 4})}},
+        r"groups\.1\.width: has no meaning for kind zero",
+    ),
+    "a lora expert without base": (
+        {"model": {"experts": groups(SHARED, {"kind": "lora", "rank": 4})}},
+        r"groups\.1\.base: is missing",
+    ),
+    "a rank of a routed expert": (
+        {"model": {"experts": groups(ROUTED | {"rank": 4})}},
+        r"groups\.0\.rank: has no meaning",
+    ),
+    "modalities of a shared expert": (
+        {"model": {"experts": groups(SHARED | {"modalities": ["image"]})}},
+        r"groups\.0\.modalities: has no meaning for kind shared",
+    ),
+    "layers that are not there": (
+        {"model": {"layers": 2, "experts": groups(SHARED, ROUTED | {"layers": "every-3"})}},
+        r"groups\.1\.layers: names no layer; the model has 0 to 1",
+    ),
+    "one id for two groups": (
+        {"model": {"experts": groups(SHARED | {"id": "a"}, ROUTED | {"id": "a"})}},
+        r"groups\.1\.id: is the id of two groups",
+    ),
+    "a task that nobody has": (
+        {"model": {"experts": groups(SHARED, MODALITY | {"tasks": ["digit"]})}},
+        r"groups\.1\.tasks: names digit, which is no task; did you mean digits\?",
     ),
     "megablocks in fp32": (
         {"model": {"experts": {"backend": "megablocks"}}},
@@ -27,18 +104,18 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "megablocks and two widths": (
         {
-            "model": {"experts": {"backend": "megablocks", "modality_width": 32, "routed_width": 64}},
+            "model": {"experts": {"backend": "megablocks", **groups(MODALITY, ROUTED | {"width": 16})}},
             "train": {"precision": "bf16"},
             "deepspeed": {"zero_stage": 1},
         },
-        r"experts\.backend: multiplies experts of one width, but modality_width is 32 and routed_width 64",
+        r"experts\.backend: multiplies experts of one width, but the groups have 8, 16",
     ),
     "a backend for a dense model": (
         {"model": {"moe": "dense", "experts": {"backend": "torch"}}},
         r"experts\.backend: has nothing to run",
     ),
     "a backend for a shared expert alone": (
-        {"model": {"experts": {"backend": "torch", "modality_width": 0, "routed": 0}}},
+        {"model": {"experts": {"backend": "torch", **groups(SHARED)}}},
         r"experts\.backend: has nothing to run",
     ),
     "steps and epochs": ({"train": {"epochs": 2, "steps": 5}}, r"train\.steps: given together with train\.epochs"),
@@ -72,17 +149,12 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "options of a modality that nobody has": ({"modalities": {"imag": {}}}, r"imag: .*; did you mean image\?"),
     "a group with a modality that nobody has": (
-        {"model": {"experts": {"groups": [["image", "sounds"]]}}},
-        r"experts\.groups: names sounds, which no task has; did you mean sound\?",
+        {"model": {"experts": groups(SHARED, MODALITY | {"modalities": ["image", "sounds"]})}},
+        r"groups\.1\.modalities: names sounds, which no task has; did you mean sound\?",
     ),
-    "a modality in two groups": (
-        {"model": {"experts": {"groups": [["image", "sound"], ["image"]]}}},
-        r"experts\.groups: names image 2 times",
-    ),
-    "a modality twice in a group": ({"model": {"experts": {"groups": [["image", "image"]]}}}, r"names image 2 times"),
-    "groups without modality experts": (
-        {"model": {"experts": {"groups": [["image"]], "modality_width": 0}}},
-        r"experts\.groups: groups modality experts, but",
+    "a modality twice in a group": (
+        {"model": {"experts": groups(MODALITY | {"modalities": ["image", "image"]})}},
+        r"groups\.0\.modalities: names image 2 times",
     ),
     "a vocabulary of an image": (
         {"modalities": {"image": {"kind": "image", "vocabulary": "word"}}},
@@ -177,8 +249,9 @@ def test_there_are_enough_pairs() -> None:
     "values",
     [
         {"model": {"dim": 30, "heads": 5}},
-        {"model": {"experts": {"routed": 0, "top_k": 3}}},
-        {"model": {"experts": {"groups": [["image", "sound"]]}}},
+        {"model": {"router": {"kind": "top_p", "top_k": 3, "p": 0.9, "gates": "renormalised"}}},
+        {"model": {"experts": groups(MODALITY | {"modalities": ["image", "sound"]}, MODALITY)}},
+        {"model": {"router": {"top_k": 3}, "experts": groups(ROUTED | {"per_modality": True})}},
         {"train": {"epochs": None, "steps": 5}},
         {"train": {"precision": "bf16"}, "deepspeed": {"zero_stage": 1}},
         {"modalities": {"image": {"kind": "radar", "patch": [1, 2, 3, 4]}}},

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize(
     ("key", "parts"),
     [
-        ("model.experts.top_k", ["type:      int", "allowed:   a whole number >= 1", "default:   1"]),
-        ("model.experts.top-k", ["Routed experts a token uses."]),
+        ("model.router.top_k", ["type:      int", "allowed:   a whole number >= 1 or null", "default:   null"]),
+        ("model.router.top-k", ["Routed experts a token uses: 1 when not given"]),
         ("--train.clip", ["DeepSpeed: gradient_clipping", "a number >= 0"]),
         ("train.precision", ["one of fp32, bf16", "bf16.enabled"]),
         ("data.tasks.0.weight", ["data.tasks[].weight"]),
@@ -39,7 +39,7 @@ def test_explain(key: str, parts: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("key", "hint"),
-    [("top_k", "model.experts.top_k"), ("model.top_k", "model.experts.top_k"), ("modle.dim", "model.dim"),
+    [("top_k", "model.router.top_k"), ("model.top_k", "model.router.top_k"), ("modle.dim", "model.dim"),
      ("train.batchsize", "train.batch_size"), ("tem", ""), ("precison", "train.precision")],
 )  # fmt: skip
 def test_unknown_keys_have_a_nearest_one(key: str, hint: str) -> None:

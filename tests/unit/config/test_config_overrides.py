@@ -17,7 +17,7 @@ from moemm.errors import ConfigError
         (["--model.dim", "128"], "model.dim", 128),
         (["--model.dim=128"], "model.dim", 128),
         (["model.dim=128", "train.seed=1"], "model.dim", 128),
-        (["--model.experts.top-k", "2"], "model.experts.top_k", 2),
+        (["--model.router.top-k", "2"], "model.router.top_k", 2),
         (["--train.lr", "3e-4"], "train.lr", 3e-4),
         (["--train.weight-decay=0"], "train.weight_decay", 0.0),
         (["--train.deterministic", "false"], "train.deterministic", False),
@@ -54,7 +54,7 @@ def test_override(overrides: list[str], path: str, value: object, recipe: Path) 
     [
         (["--modle.dim", "1"], r"modle: unknown key; did you mean model\?"),
         (["--model.dmi", "1"], r"model\.dmi: unknown key; did you mean model\.dim\?"),
-        (["--model.top_k", "1"], r"did you mean model\.experts\.top_k\?"),
+        (["--model.top_k", "1"], r"did you mean model\.router\.top_k\?"),
         (["--model.dim"], r"--model\.dim needs a value\n.*\n    allowed: a whole number >= 8"),
         (["--model.dim", "--train.lr", "1"], r"--model\.dim needs a value"),
         (["--model.dim", "wide"], r"model\.dim: has the wrong type\n    given:   \"wide\" \(command line --model"),

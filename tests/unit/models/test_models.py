@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moemm.config.schema import ExpertsConfig, ModelConfig
+from moemm.config.schema import ExpertGroupConfig, ExpertsConfig, ModelConfig, RouterConfig
 from moemm.data.catalogue import TaskInfo
 from moemm.data.sample import PackedBatch
 from moemm.models import Model, build_model
@@ -17,6 +17,7 @@ from moemm.models.attention import Attention, AttentionPlan
 from moemm.models.heads import Pool
 from moemm.models.position import FourierPosition
 from moemm.models.trunk import active_width
+from moemm.moe import ExpertMap
 from moemm.objectives import supervised_losses
 from moemm.testing.modality_cases import fit_case, modality_cases, pack_values
 
@@ -145,9 +146,19 @@ def test_a_batch_of_another_catalogue_is_an_invariant_broken() -> None:
         model(replace(batch, modalities=packed))
 
 
+WIDTHS = ExpertsConfig(
+    groups=[
+        ExpertGroupConfig(kind="shared", width=32),
+        ExpertGroupConfig(kind="modality", width=16),
+        ExpertGroupConfig(kind="routed", count=4, width=8),
+    ]
+)
+
+
 def test_dense_has_the_active_width_of_sparse() -> None:
-    sparse = ModelConfig(experts=ExpertsConfig(shared_width=32, modality_width=16, routed=4, routed_width=8, top_k=2))
-    assert active_width(sparse) == 32 + 16 + 16
+    sparse = ModelConfig(experts=WIDTHS, router=RouterConfig(top_k=2))
+    expert_map = ExpertMap.from_config(WIDTHS.groups, ["image", "text"])
+    assert active_width(sparse, expert_map) == 32 + 16 + 16
     model_s, _ = make(replace(sparse, dim=16, heads=2))
     model_d, _ = make(replace(sparse, dim=16, heads=2, moe="dense"))
     (total_s, active_s), (total_d, active_d) = model_s.num_parameters(), model_d.num_parameters()

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from moemm.config import from_dict
-from moemm.config.schema import ExpertsBackend, ExpertsConfig
+from moemm.config.schema import ExpertGroupConfig, ExpertsBackend, RouterConfig
 from moemm.errors import ConfigError, KernelError
 from moemm.moe import ExpertMap, ExpertShape, MoELayer, megablocks
 from moemm.moe.backends import expert_runner, run_in_torch
@@ -21,11 +21,19 @@ DIM, NAMES = 16, ("image", "audio", "text")
 TASK = {"name": "digits", "file": "digits.h5", "modalities": ["image"]}
 
 
-def make_layer(backend: ExpertsBackend, dtype: torch.dtype = torch.float64, **options: Any) -> MoELayer:
+def groups(*, modality: int = 8, routed: int = 8) -> list[ExpertGroupConfig]:
+    """A shared expert of width 8, modality and routed experts of these widths."""
+    return [
+        ExpertGroupConfig(kind="shared", width=8),
+        ExpertGroupConfig(kind="modality", width=modality),
+        ExpertGroupConfig(kind="routed", count=3, width=routed),
+    ]
+
+
+def make_layer(backend: ExpertsBackend, dtype: torch.dtype = torch.float64, **widths: int) -> MoELayer:
     torch.manual_seed(0)
-    config = ExpertsConfig(**{"shared_width": 8, "modality_width": 8, "routed": 3, "routed_width": 8, **options})
-    shape = ExpertShape(dim=DIM, activation="swiglu", num_layers=2, top_k=2, backend=backend)
-    return MoELayer(ExpertMap.from_config(config, NAMES), shape).to(dtype)
+    shape = ExpertShape(dim=DIM, activation="swiglu", num_layers=2, backend=backend)
+    return MoELayer(ExpertMap.from_config(groups(**widths), NAMES), shape, RouterConfig(top_k=2)).to(dtype)
 
 
 def outputs(layer: MoELayer, tokens: int = 40) -> list[torch.Tensor]:
@@ -49,7 +57,7 @@ def outputs(layer: MoELayer, tokens: int = 40) -> list[torch.Tensor]:
 )
 def test_torch_and_auto_agree(dtype: torch.dtype, widths: tuple[int, int], tolerance: float, tokens: int) -> None:
     """bfloat16 experts of one width run by grouped_mm, the others by a loop."""
-    options = {"modality_width": widths[0], "routed_width": widths[1]}
+    options = {"modality": widths[0], "routed": widths[1]}
     ours, plain = (outputs(make_layer(backend, dtype, **options), tokens) for backend in ("auto", "torch"))
     for number, (given, wanted) in enumerate(zip(plain, ours, strict=True)):
         scale = wanted.abs().max().item() if wanted.numel() else 0.0
@@ -97,7 +105,7 @@ def test_megablocks_without_grouped_gemm_says_so(monkeypatch: pytest.MonkeyPatch
 
 def test_megablocks_wants_experts_of_one_width() -> None:
     with pytest.raises(ConfigError, match="multiplies experts of one width, but these are 5, 8 wide"):
-        make_layer("megablocks", torch.bfloat16, routed_width=5)
+        make_layer("megablocks", torch.bfloat16, routed=5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

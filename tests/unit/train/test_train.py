@@ -245,15 +245,13 @@ def test_gradient_that_is_not_finite_is_neither_applied_nor_saved(
 def test_experts_in_plain_torch_train_to_the_same_loss(config: Any, tmp_path: Path) -> None:
     losses = {}
     for backend in ("auto", "torch"):
-        experts = {"shared_width": 16, "modality_width": 8, "routed": 2, "routed_width": 8, "backend": backend}
         output = tmp_path / backend
-        train(config(model={"experts": experts}, train={"output": str(output), "baselines": False}))
+        train(config(model={"experts": {"backend": backend}}, train={"output": str(output), "baselines": False}))
         losses[backend] = [line["loss"] for line in lines(output)]
     assert losses["auto"] == pytest.approx(losses["torch"], rel=1e-4)
 
 
 def test_resume_may_change_who_runs_the_experts(config: Any) -> None:
-    experts = {"shared_width": 16, "modality_width": 8, "routed": 2, "routed_width": 8}
-    train(config(train={"steps": 1}, model={"experts": experts}))
-    changed = config(train={"steps": 2}, model={"experts": experts | {"backend": "torch"}})
+    train(config(train={"steps": 1}, model={"experts": {}}))
+    changed = config(train={"steps": 2}, model={"experts": {"backend": "torch"}})
     assert train(changed, resume=True)["steps"] == 2
