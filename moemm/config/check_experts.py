@@ -160,10 +160,32 @@ def _top_k(config: Config) -> Iterator[Problem]:
         yield Problem(path=(*ROUTER, "gates"), message=message, given="renormalised", allowed="raw, straight_through")
 
 
+def _shares(config: Config) -> Iterator[Problem]:
+    model, path = config.model, ("model", "share")
+    names = [name for group in model.share for name in group]
+    if model.share and not model.untie and not model.latents:
+        yield Problem(path=path, message="has no meaning without model.untie or model.latents", given=model.share)
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield Problem(path=path, message=f"names {name} {count} times; a modality has one group", given=name)
+    for name in sorted(unknown_modalities(config, set(names))):
+        message = f"names {name}, which no task has{did_you_mean(name, modality_names(config))}"
+        yield Problem(path=path, message=message, given=name, allowed=", ".join(sorted(modality_names(config))))
+    for name, count in Counter(model.untie).items():
+        if count > 1:
+            yield Problem(path=("model", "untie"), message=f"names {name} {count} times", given=model.untie)
+    if model.ordered and model.attention == "nested":
+        message = "cannot mask what a token sees, as model.ordered asks for"
+        yield Problem(path=("model", "attention"), message=message, given="nested", allowed="auto, padded")
+    if model.predict_every_block and model.layers == 1:
+        message = "has no meaning for a model of one layer"
+        yield Problem(path=("model", "predict_every_block"), message=message, given=True)
+
+
 def _is_routed(group: ExpertGroupConfig) -> bool:
     if group.kind == "lora":
         return group.modalities is None and group.tasks is None
     return group.kind in ("routed", "zero")
 
 
-EXPERT_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (_groups, _ids, _backend, _router, _top_k)
+EXPERT_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (_groups, _ids, _backend, _router, _top_k, _shares)

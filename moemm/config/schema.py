@@ -202,6 +202,16 @@ class ModelConfig:
     """Activation inside experts and FFNs."""
     dropout: Share = 0.0
     """Dropout on the output of attention and FFN, and before the heads."""
+    untie: list[Literal["norms", "qkv"]] = field(default_factory=list)
+    """Parts of a block of which each modality has its own: norms, and the projections to queries, keys and values."""
+    latents: Annotated[int, Ge(0)] = 0
+    """Latents that stand for the tokens of each modality of a sample, through one attention; 0 keeps the tokens."""
+    share: list[Annotated[list[str], MinLen(1)]] = field(default_factory=list)
+    """Modalities that share what `untie` and `latents` give to each."""
+    ordered: bool = False
+    """A token sees only modalities up to its own, in the order of the catalogue (MultiModN)."""
+    predict_every_block: bool = False
+    """The heads predict after every block, and the loss is the mean of them; scores are those of the last."""
     attention: Literal["auto", "padded", "nested"] = "auto"
     """How attention over packed samples runs: dense blocks by length, or nested tensors; auto picks by device."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,22 +13,25 @@ from moemm.data.catalogue import TaskInfo
 from moemm.data.sample import PackedBatch
 from moemm.modalities import ModalitySpec, build_tokenizer
 from moemm.models.heads import Heads
+from moemm.models.latents import Latents
 from moemm.models.position import FourierPosition
 from moemm.models.stream import Stream, join
 from moemm.models.trunk import Trunk
+from moemm.models.untied import share_groups
 from moemm.moe import ExpertMap, MoELayer, RouterStats, active_experts
-
-CHOSEN = ("tokenizers.", "modality_D.", "heads.linear.")
-"""Parts of which a token passes through one."""
 
 
 @dataclass  # without slots: DeepSpeed's ZeRO-3 hooks read vars() of what a module returns
 class ModelOutput:
-    """outputs: task -> (its samples, C) fp32, every task, also with zero rows. num_tokens: of the packed stream."""
+    """outputs: task -> (its samples, C) fp32, every task, also with zero rows. num_tokens: of the packed stream.
+
+    earlier: the same after each block but the last, with `model.predict_every_block`.
+    """
 
     outputs: dict[str, torch.Tensor]
     router: RouterStats | None
     num_tokens: int
+    earlier: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
 class Model(nn.Module):
@@ -42,6 +45,8 @@ class Model(nn.Module):
         self.tokenizers = nn.ModuleDict({name: build_tokenizer(spec, config.dim) for name, spec in specs.items()})
         self.modality_D = nn.ParameterDict({name: torch.randn(config.dim) * 0.2 for name in specs})
         self.position = FourierPosition(config.dim)
+        self.groups = share_groups(self.map.modalities, config.share)
+        self.latents = Latents(self.groups, config.dim, config.heads, config.latents) if config.latents else None
         self.trunk = Trunk(config, self.map)
         self.heads = Heads(tasks, config.dim, config.heads, dropout=config.dropout)
 
@@ -49,11 +54,14 @@ class Model(nn.Module):
         """Outputs of every task for the samples of a batch. Modalities must be those of the model, in its order."""
         assert list(batch.modalities) == list(self.tokenizers), "the batch was packed for another catalogue"
         stream = self.tokenize(batch)
-        x_TD, stats = self.trunk(stream)
-        return ModelOutput(self.heads(x_TD, stream.sample_T, batch.task), stats, x_TD.shape[0])
+        states, stats = self.trunk(stream)
+        *earlier, last = [self.heads(x_TD, stream.sample_T, batch.task) for x_TD in states]
+        return ModelOutput(last, stats, stream.values_TD.shape[0], earlier)
 
     def tokenize(self, batch: PackedBatch) -> Stream:
-        """The packed stream: tokens + modality embedding + position and time."""
+        """The packed stream: tokens + modality embedding + position and time; with `model.latents`, what stands for
+        them.
+        """  # fmt: skip
         parts = [self.tokenizers[name](packed) for name, packed in batch.modalities.items()]
         stream = join(parts, batch)
         embedding_MD = torch.stack(
@@ -61,7 +69,10 @@ class Model(nn.Module):
         )  # a ParameterDict sorts its keys
         place_TD = self.position(stream.position_TP, stream.time_T)
         stream.values_TD = stream.values_TD + embedding_MD[stream.modality_T] + place_TD
-        return stream
+        if self.latents is None:
+            return stream
+        rows = [packed.sample for packed in batch.modalities.values()]
+        return self.latents(stream, rows, self.trunk.backend(stream.values_TD))
 
     def num_parameters(self) -> tuple[int, int]:
         """(all parameters, those that one token and its task's head pass through at most).
@@ -76,11 +87,18 @@ class Model(nn.Module):
         task: whose skills the experts are, where some expert names tasks.
         """
         count = self._sizes()
-        chosen = (f"tokenizers.{modality}.", f"modality_D.{modality}")
-        own = sum(number for name, number in count.items() if name.startswith(chosen))
-        head = max(_sums(count, "heads.linear.").values())
-        always = sum(number for name, number in count.items() if not name.startswith(CHOSEN))
-        return own + head + always - sum(self._idle(count, number, (modality, task)) for number in self._moe_layers)
+        group = self.groups[self.map.modalities.index(modality)]
+        own = [("tokenizers.", modality), ("modality_D.", modality), ("heads.linear.", None), ("members.", group)]
+        own += [(f"latents.{part}.", group) for part in ("start", "norm", "attention")]
+        met = sum(number for name, number in count.items() if not any(_after(name, prefix) for prefix, _ in own))
+        for prefix, wanted in own:
+            sizes: dict[str, int] = {}
+            for name, number in count.items():
+                key = _after(name, prefix)
+                if key is not None:
+                    sizes[key] = sizes.get(key, 0) + number
+            met += max(sizes.values(), default=0) if wanted is None else sizes.get(wanted, 0)
+        return met - sum(self._idle(count, number, (modality, task)) for number in self._moe_layers)
 
     @property
     def _moe_layers(self) -> list[int]:
@@ -106,6 +124,12 @@ def build_model(config: ModelConfig, *, specs: Mapping[str, ModalitySpec], tasks
     Raises ConfigError where the config does not fit the modalities (a group that names an unknown one, say).
     """
     return Model(config, specs, tasks)
+
+
+def _after(name: str, prefix: str) -> str | None:
+    """The part of a parameter's name that follows `prefix`; None where it does not stand in the name."""
+    _, found, rest = f".{name}".partition(f".{prefix}")
+    return rest.split(".")[0] if found else None
 
 
 def _sums(count: Mapping[str, int], prefix: str) -> dict[str, int]:

@@ -17,7 +17,10 @@ from moemm.modalities.base import Tokens
 
 @dataclass(slots=True)
 class Stream:
-    """values_TD (T, D); modality_T, sample_T (T,) int64; position_TP (T, 3), time_T (T,); task_B (B,) int64."""
+    """values_TD (T, D); modality_T, sample_T (T,) int64; position_TP (T, 3), time_T (T,); task_B (B,) int64.
+
+    lengths: tokens of each modality, on the host.
+    """
 
     values_TD: torch.Tensor
     modality_T: torch.Tensor
@@ -25,11 +28,17 @@ class Stream:
     position_TP: torch.Tensor
     time_T: torch.Tensor
     task_B: torch.Tensor
+    lengths: tuple[int, ...]
 
     @property
     def num_samples(self) -> int:
         """B."""
         return self.task_B.shape[0]
+
+    def split(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """values_TD and sample_T of each modality."""
+        sizes = list(self.lengths)
+        return list(zip(self.values_TD.split(sizes), self.sample_T.split(sizes), strict=True))
 
 
 def join(parts: Sequence[Tokens], batch: PackedBatch) -> Stream:
@@ -43,4 +52,5 @@ def join(parts: Sequence[Tokens], batch: PackedBatch) -> Stream:
         torch.cat([tokens.position_TP for tokens in parts]),
         torch.cat([tokens.time_T for tokens in parts]),
         batch.task,
+        tuple(tokens.row_T.shape[0] for tokens in parts),
     )

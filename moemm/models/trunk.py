@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from moemm.config.schema import ModelConfig
 from moemm.models.attention import Attention, AttentionPlan, Backend
 from moemm.models.stream import Stream
+from moemm.models.untied import call, share_groups, tied_or_not
 from moemm.moe import (
     Expert,
     ExpertMap,
@@ -26,8 +29,13 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, expert_map: ExpertMap, *, layer: int):
         super().__init__()
         dim = config.dim
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
-        self.attention = Attention(dim, config.heads, num_layers=config.layers)
+        groups = share_groups(expert_map.modalities, config.share)
+        norms, qkv = (groups if part in config.untie else None for part in ("norms", "qkv"))
+        self.attention_norm, self.ffn_norm = (
+            tied_or_not(norms, lambda: _norm(dim)),
+            tied_or_not(norms, lambda: _norm(dim)),
+        )
+        self.attention = Attention(dim, config.heads, num_layers=config.layers, untied=qkv)
         self.dropout = nn.Dropout(config.dropout)
         if config.moe == "dense":
             width = active_width(config, expert_map)
@@ -42,11 +50,19 @@ class Block(nn.Module):
             self.ffn = MoELayer(expert_map, shape, config.router, layer=layer)
 
     def forward(
-        self, x_TD: torch.Tensor, row_T: torch.Tensor, plan: AttentionPlan, target_T: torch.Tensor | None
+        self,
+        x_TD: torch.Tensor,
+        row_T: torch.Tensor,
+        plan: AttentionPlan,
+        lengths: Sequence[int],
+        target_T: torch.Tensor | None,
     ) -> tuple[torch.Tensor, RouterStats | None]:
-        """(T, D) -> (T, D), and the router's statistics where there is a router; row_T, target_T: see MoELayer."""
-        x_TD = x_TD + self.dropout(self.attention(self.attention_norm(x_TD), plan))
-        normed_TD = self.ffn_norm(x_TD)
+        """(T, D) -> (T, D), and the router's statistics where there is a router.
+
+        row_T, target_T: see MoELayer. lengths: tokens of each modality.
+        """
+        x_TD = x_TD + self.dropout(self.attention(call(self.attention_norm, x_TD, lengths), plan, lengths))
+        normed_TD = call(self.ffn_norm, x_TD, lengths)
         stats = None
         if isinstance(self.ffn, MoELayer):
             out_TD, stats = self.ffn(normed_TD, row_T, target_T)
@@ -62,19 +78,27 @@ class Trunk(nn.Module):
         super().__init__()
         self.map, self.bound = expert_map, config.router.kind == "combination"
         self.blocks = nn.ModuleList(Block(config, expert_map, layer=layer) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.backend = config.attention
+        groups = share_groups(expert_map.modalities, config.share) if "norms" in config.untie else None
+        self.norm = tied_or_not(groups, lambda: _norm(config.dim))
+        self.backend_name, self.ordered = config.attention, config.ordered
+        self.every_block = config.predict_every_block
 
-    def forward(self, stream: Stream) -> tuple[torch.Tensor, RouterStats | None]:
-        """(T, D) of the stream -> (T, D), and the statistics of the layers that have a router."""
-        x_TD, collected = stream.values_TD, []
-        plan = AttentionPlan.make(stream.sample_T, num_samples=stream.num_samples, backend=self._backend(x_TD))
+    def forward(self, stream: Stream) -> tuple[list[torch.Tensor], RouterStats | None]:
+        """The stream (T, D) after the last block (with `predict_every_block` after each), through the last norm; and
+        the statistics of the layers that have a router.
+        """  # fmt: skip
+        x_TD, states, collected = stream.values_TD, [], []
+        backend, rank_T = self.backend(x_TD), stream.modality_T if self.ordered else None
+        plan = AttentionPlan.make(stream.sample_T, num_samples=stream.num_samples, backend=backend, rank_T=rank_T)
         row_T = self.map.row(stream.modality_T, stream.task_B[stream.sample_T])
         for block in self.blocks:
-            x_TD, stats = block(x_TD, row_T, plan, self._targets(block, stream, row_T))
+            x_TD, stats = block(x_TD, row_T, plan, stream.lengths, self._targets(block, stream, row_T))
+            states.append(x_TD)
             if stats is not None:
                 collected.append(stats)
-        return self.norm(x_TD), RouterStats.stack(collected) if collected else None
+        wanted = states if self.every_block else states[-1:]
+        out = [call(self.norm, state_TD, stream.lengths) for state_TD in wanted]
+        return out, RouterStats.stack(collected) if collected else None
 
     @property
     def routed_layers(self) -> dict[int, MoELayer]:
@@ -101,11 +125,17 @@ class Trunk(nn.Module):
         present_BM[stream.sample_T, stream.modality_T] = True
         return bound_expert(present_BM, layer.router.allowed_ME)[stream.sample_T, row_T]
 
-    def _backend(self, x_TD: torch.Tensor) -> Backend:
+    def backend(self, x_TD: torch.Tensor) -> Backend:
         """Buckets of dense blocks unless CUDA's variable-length kernels can run: they want half precision."""
-        if self.backend != "auto":
-            return self.backend
+        if self.backend_name != "auto":
+            return self.backend_name
+        if self.ordered:
+            return "padded"
         return "nested" if x_TD.is_cuda and x_TD.dtype in (torch.bfloat16, torch.float16) else "padded"
+
+
+def _norm(dim: int) -> nn.Module:
+    return nn.RMSNorm(dim, eps=1e-6)
 
 
 def active_width(config: ModelConfig, expert_map: ExpertMap) -> int:

@@ -80,8 +80,9 @@ class MoELayer(nn.Module):
         if not self.experts:
             return torch.zeros_like(x_TD) if shared_TD is None else shared_TD, stats
         gates_TK, experts_TK = (torch.cat(part, dim=1) for part in zip(*slots, strict=True))
-        options = {"residual_TD": shared_TD, "activation": self.activation}
-        return self.run_experts(x_TD, gates_TK, experts_TK, *self._weights(), **options), stats
+        w1, w2 = self._weights()
+        out_TD = self.run_experts(x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation)
+        return out_TD, stats
 
     def _slots(
         self, x_TD: torch.Tensor, row_T: torch.Tensor, target_T: torch.Tensor | None

@@ -55,10 +55,15 @@ class Objective:
 
     def __call__(self, output: ModelOutput, batch: PackedBatch) -> MicroLoss:
         """Losses of one micro-batch; every rank calls it together (the router's statistics are summed over ranks)."""
-        losses = supervised_losses(output.outputs, batch.targets, self.tasks, label_smoothing=self._smoothing)
-        sums_T = torch.stack([losses[task.name] for task in self.tasks])
+        every = [self._sums(outputs, batch) for outputs in (output.outputs, *output.earlier)]
+        sums_T, mean_T = every[0], torch.stack(every).mean(0) if output.earlier else every[0]
         router = self._router(output) if output.router is not None else sums_T.new_zeros(())
-        return MicroLoss(self._scale * (self._weights_T * sums_T).sum() + router, sums_T.detach(), router.detach())
+        return MicroLoss(self._scale * (self._weights_T * mean_T).sum() + router, sums_T.detach(), router.detach())
+
+    def _sums(self, outputs: Mapping[str, torch.Tensor], batch: PackedBatch) -> torch.Tensor:
+        """(T,) sums over the samples of each task."""
+        losses = supervised_losses(outputs, batch.targets, self.tasks, label_smoothing=self._smoothing)
+        return torch.stack([losses[task.name] for task in self.tasks])
 
     def _router(self, output: ModelOutput) -> torch.Tensor:
         assert output.router is not None and self._allowed_LME is not None
