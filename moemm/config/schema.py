@@ -175,7 +175,8 @@ class RouterConfig:
     p: Annotated[float, Interval(gt=0.0, le=1.0)] | None = None
     """top_p: probability that the chosen experts hold together; 0.5 when not given."""
     capacity: Positive | None = None
-    """expert_choice, batch_priority: tokens an expert takes, as a multiple of an even share; 1.25 when not given."""
+    """expert_choice, batch_priority: tokens an expert takes, as a multiple of its even share of those that may use it;
+    1.25 when not given."""
     bias_rate: NonNegative = 0.0
     """After each step an expert's bias for being chosen moves by this much towards even load (arXiv:2408.15664)."""
     losses: RouterLossConfig = field(default_factory=RouterLossConfig)

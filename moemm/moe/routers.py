@@ -6,7 +6,6 @@ given; it returns RouteTopk (the fused op's result) or a Routing, from which the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -184,10 +183,11 @@ def expert_choice(given: RouteInput) -> Routing:
     """
     prob_TE = given.masked.softmax(-1)
     num_tokens, num_experts = prob_TE.shape
-    taken = min(num_tokens, _capacity(given))
     # A stable sort and not topk: which of two equal tokens is taken must not depend on the machine.
-    first_CE = prob_TE.detach().sort(dim=0, descending=True, stable=True).indices[:taken]
-    chosen_TE = torch.zeros_like(prob_TE, dtype=torch.bool).scatter(0, first_CE, True) & given.allowed_ME[given.row_T]
+    order_TE = prob_TE.detach().sort(dim=0, descending=True, stable=True).indices
+    place_T1 = torch.arange(num_tokens, device=prob_TE.device)[:, None]
+    rank_TE = torch.empty_like(order_TE).scatter(0, order_TE, place_T1.expand(-1, num_experts))
+    chosen_TE = (rank_TE < _capacity(given)) & given.allowed_ME[given.row_T]
     experts_TE = torch.arange(num_experts, device=prob_TE.device).expand(num_tokens, -1)
     return Routing(prob_TE * chosen_TE, experts_TE.masked_fill(~chosen_TE, -1), prob_TE)
 
@@ -204,7 +204,7 @@ def batch_priority(given: RouteInput) -> Routing:
     plan = ops.plan(queue_S1, num_experts=prob_TE.shape[1])
     place_S1 = plan.inverse_TK - plan.offsets_E1[queue_S1.clamp_min(0)]
     fits_TK = torch.empty_like(experts_TK, dtype=torch.bool)
-    fits_TK[order_T] = (place_S1 < _capacity(given)).view(experts_TK.shape[1], -1).T
+    fits_TK[order_T] = (place_S1 < _capacity(given)[queue_S1.clamp_min(0)]).view(experts_TK.shape[1], -1).T
     wanted_TK = experts_TK >= 0
     dropped_T = (wanted_TK & ~fits_TK).sum(-1).to(prob_TE.dtype)
     return Routing(*_keep(prob_TK, experts_TK, fits_TK & wanted_TK, given), prob_TE, dropped_T=dropped_T)
@@ -257,9 +257,11 @@ def _keep(
     return gates_TK, experts_TK.masked_fill(~kept_TK, -1)
 
 
-def _capacity(given: RouteInput) -> int:
-    num_tokens, num_experts = given.logits_TE.shape
-    return math.ceil(given.capacity * given.top_k * num_tokens / num_experts)
+def _capacity(given: RouteInput) -> torch.Tensor:
+    """(E,) tokens that an expert takes: a multiple of its even share of the tokens that may use it."""
+    allowed_ME = given.allowed_ME.to(given.logits_TE.dtype)
+    share_ME = allowed_ME / allowed_ME.sum(-1, keepdim=True)
+    return (given.capacity * given.top_k * share_ME[given.row_T].sum(0) - 1e-4).ceil()
 
 
 def _smooth_load(given: RouteInput, shaken_TE: torch.Tensor) -> torch.Tensor:

@@ -168,6 +168,14 @@ def test_expert_choice_gives_each_expert_its_share() -> None:
         assert set(wanted[:, expert].tolist()) == set((topk.experts_TK == expert).any(1).nonzero()[:, 0].tolist())
 
 
+def test_an_even_share_is_of_the_tokens_that_may_use_an_expert() -> None:
+    allowed_ME = torch.tensor([[True, True, False], [False, False, True]])
+    row_T = torch.tensor([0] * 12 + [1] * 3)
+    logits_TE = torch.randn(15, 3, generator=torch.Generator().manual_seed(0))
+    given = RouteInput(logits_TE=logits_TE, row_T=row_T, allowed_ME=allowed_ME, top_k=1, capacity=1.0)
+    assert run("expert_choice", given).topk.load_ME.tolist() == [[6.0, 6.0, 0.0], [0.0, 0.0, 3.0]]
+
+
 def test_batch_priority_keeps_the_surest_and_counts_the_dropped() -> None:
     logits_TE = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0, 0, 0])
     row_T = torch.arange(40) % 2
