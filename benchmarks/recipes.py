@@ -125,7 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows, seconds = rows_of(runs), time.perf_counter() - began
     tasks = [*next(iter(runs.values()))[0]["tasks"]]
     matrices = [
-        Matrix(title="test score, mean over seeds", columns={"mean": "mean of tasks", **{name: name for name in tasks}}),
+        Matrix(
+            title="test score, mean over seeds", columns={"mean": "mean of tasks", **{name: name for name in tasks}}
+        ),
         Matrix(title="size and speed", columns={"total": TOTAL, "active": ACTIVE, "tokens/s": SPEED}),
     ]
     record.write("recipes", rows, seeds=list(range(options.seeds)), seconds=seconds, matrices=matrices)
