@@ -3,8 +3,8 @@
     MOEMM_SUITE=FOLDER python -m benchmarks.recipes            # about an hour on 2 cores, two runs at a time
     MOEMM_SUITE=FOLDER python -m benchmarks.recipes --steps 50 --seeds 1 --recipes dense moemm
 
-Each recipe of configs/recipes/ is trained on the tasks of configs/base/core.yaml in place of the quickstart's. The score
-of a task is accuracy or AUC on its test split; a recipe's is the mean over tasks.
+Each recipe of configs/recipes/ is trained on the tasks of configs/base/core.yaml in place of the quickstart's. A task's
+score is accuracy or AUC on its test split; a recipe's is the mean over tasks.
 """
 
 from __future__ import annotations
