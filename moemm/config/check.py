@@ -78,6 +78,18 @@ def _precision(config: Config) -> Iterator[Problem]:
         yield Problem(path=("train", "precision"), message=message, given="bf16", allowed="fp32, or a stage of 1 to 3")
 
 
+def _missing(config: Config) -> Iterator[Problem]:
+    data, missing = config.data, config.model.missing
+    if data.modality_dropout_over is not None and data.modality_dropout_start is None:
+        message = "has no meaning without data.modality_dropout_start"
+        yield Problem(path=("data", "modality_dropout_over"), message=message, given=data.modality_dropout_over)
+    for option in ("weight", "width"):
+        value = getattr(missing, option)
+        if value is not None and missing.kind != "predict":
+            message = f"is no option of `model.missing.kind: {missing.kind}`"
+            yield Problem(path=("model", "missing", option), message=message, given=value, allowed="kind predict")
+
+
 def _task_names(config: Config) -> Iterator[Problem]:
     tasks = config.data.tasks
     for (_, first), (index, second) in combinations(enumerate(tasks), 2):
@@ -160,6 +172,7 @@ RULES: tuple[Rule, ...] = (
     _modality_sections,
     _width,
     *EXPERT_RULES,
+    _missing,
     _duration,
     _batch,
     _precision,

@@ -48,6 +48,10 @@ class DataConfig:
     """Tasks are drawn with probability n^(1/temperature): 1 is proportional to size, large is uniform."""
     modality_dropout: Share = 0.0
     """Probability of taking a modality away from a training sample; the last one always stays."""
+    modality_dropout_start: Share | None = None
+    """The same at the first step, from where it moves in a straight line; it never moves when not given."""
+    modality_dropout_over: Annotated[float, Interval(gt=0.0, le=1.0)] | None = None
+    """Share of the steps over which it moves: 1 when not given."""
     num_workers: Annotated[int, Ge(0)] = 1
     """Worker processes that read and pack; 0 reads in the training process."""
     prefetch: Count = 4
@@ -184,6 +188,20 @@ class RouterConfig:
 
 
 @dataclass(kw_only=True)
+class MissingConfig:
+    """What stands in the stream for a modality that a sample's task knows and the sample lacks."""
+
+    kind: Literal["none", "bank", "predict"] = "none"
+    """`none`: nothing. `bank`: one token, a sum of learned vectors, one for each modality that is there. `predict`: one
+    token, the mean of the modality's tokens as a small network regresses it from those of the modalities that are
+    there."""
+    weight: Positive | None = None
+    """predict: factor on the squared error of the regression, learned where the modality is there; 1 when not given."""
+    width: Count | None = None
+    """predict: hidden units; `dim` when not given."""
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The packed transformer trunk."""
 
@@ -213,6 +231,8 @@ class ModelConfig:
     """A token sees only modalities up to its own, in the order of the catalogue (MultiModN)."""
     predict_every_block: bool = False
     """The heads predict after every block, and the loss is the mean of them; scores are those of the last."""
+    missing: MissingConfig = field(default_factory=MissingConfig)
+    """Modalities that a sample lacks."""
     attention: Literal["auto", "padded", "nested"] = "auto"
     """How attention over packed samples runs: dense blocks by length, or nested tensors; auto picks by device."""
 

@@ -38,10 +38,33 @@ class _Failure:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Probability of taking a modality away: from `start` to `end` in a straight line over `draws`, then `end`."""
+
+    start: float = 0.0
+    end: float = 0.0
+    draws: int = 1
+
+    @classmethod
+    def of(cls, config: Config, *, total_steps: int | None) -> Dropout:
+        """That of a configuration whose run has `total_steps`; without a schedule they need not be known."""
+        data, end = config.data, config.data.modality_dropout
+        if data.modality_dropout_start is None:
+            return cls(end, end)
+        assert total_steps is not None, "a schedule needs the number of steps"
+        steps = max(1, round((data.modality_dropout_over or 1.0) * total_steps))
+        return cls(data.modality_dropout_start, end, steps * config.train.batch_size)
+
+    def at(self, draw: int) -> float:
+        """The probability at draw number `draw` since the start of training."""
+        return self.start + (self.end - self.start) * min(1.0, draw / self.draws)
+
+
 class TrainSamples:
     """Draws -> samples of the train splits, some modalities taken away. Keyed by draw, not by worker."""
 
-    def __init__(self, catalogue: Catalogue, *, modality_dropout: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, catalogue: Catalogue, *, modality_dropout: Dropout = Dropout(), seed: int = 0) -> None:
         self._datasets = [SplitDataset(catalogue, task=task.name, split="train") for task in catalogue.tasks]
         for dataset in self._datasets:
             dataset.open()  # here, so that workers and evaluations share it
@@ -50,18 +73,17 @@ class TrainSamples:
     def __call__(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of `draws`, in order."""
         samples = [self._datasets[draw.task][draw.item] for draw in draws]
-        if self._dropout:
-            for sample, draw in zip(samples, draws, strict=True):
-                self._take_away(sample, draw.number)
+        for sample, draw in zip(samples, draws, strict=True):
+            self._take_away(sample, draw.number)
         return samples
 
     def _take_away(self, sample: Sample, number: int) -> None:
-        """Each modality goes with probability `modality_dropout`; if all would, one drawn evenly stays."""
-        names = list(sample.modalities)
-        if len(names) < 2:
+        """Each modality goes with the probability of its draw; if all would, one drawn evenly stays."""
+        names, probability = list(sample.modalities), self._dropout.at(number)
+        if len(names) < 2 or not probability:
             return
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed % 2**63, _DROPOUT, number])))
-        goes = random.random(len(names)) < self._dropout
+        goes = random.random(len(names)) < probability
         stays = int(random.integers(len(names)))
         if goes.all():
             goes[stays] = False
@@ -181,11 +203,13 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
+    total_steps: int | None = None,
     prepare: Prepare | None = None,
     seed: int | None = None,
 ) -> BatchLoader:
     """Micro-batches of this rank, in order, from step `start_step`, without end.
 
+    total_steps: steps of the whole run, which the schedule of the modality dropout ends with.
     prepare: modality name -> function that workers run on each value. seed: of the order; `train.seed` by default.
     Raises ConfigError: a batch size that cannot be shared out evenly.
     """
@@ -200,7 +224,8 @@ def train_loader(
         accumulation=config.train.accumulation,
         start_step=start_step,
     )
-    read = TrainSamples(catalogue, modality_dropout=config.data.modality_dropout, seed=seed)
+    dropout = Dropout.of(config, total_steps=total_steps)
+    read = TrainSamples(catalogue, modality_dropout=dropout, seed=seed)
     packer = Packer(catalogue, prepare)
     return BatchLoader(read, packer, sampler, num_workers=config.data.num_workers, prefetch=config.data.prefetch)
 

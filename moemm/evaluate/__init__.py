@@ -2,6 +2,7 @@
 
 from moemm.evaluate.baselines import baseline
 from moemm.evaluate.metrics import METRICS, score
+from moemm.evaluate.missing import evaluate_subsets, subsets_csv
 from moemm.evaluate.run import evaluate_run, render
 from moemm.evaluate.scoring import EvaluationPlan, TaskScore, evaluate_model, scores_to_dict
 
@@ -12,7 +13,9 @@ __all__ = [
     "baseline",
     "evaluate_model",
     "evaluate_run",
+    "evaluate_subsets",
     "render",
     "score",
     "scores_to_dict",
+    "subsets_csv",
 ]

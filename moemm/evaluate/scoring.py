@@ -32,12 +32,14 @@ class TaskScore:
 class EvaluationPlan:
     """What to score and how: the split, what its values are prepared with, which modalities are taken away.
 
+    tasks: names of those to score; all when None.
     rank, world_size, gather: this rank's share, and a function that gives every rank the objects of all ranks.
     """
 
     split: str
     prepare: Prepare
     drop: Sequence[str] = ()
+    tasks: Sequence[str] | None = None
     batch_size: int = 256
     device: torch.device | str = "cpu"
     rank: int = 0
@@ -54,12 +56,13 @@ def evaluate_model(model: nn.Module, catalogue: Catalogue, plan: EvaluationPlan)
     names = [info.name for info in catalogue.modalities]
     unknown = [name for name in plan.drop if name not in names]
     if unknown:
-        raise ConfigError(f"--drop {unknown[0]}: no such modality; this run has {', '.join(names)}")
+        raise ConfigError(f"--missing {unknown[0]}: no such modality; this run has {', '.join(names)}")
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return {task.name: _score_task(model, catalogue, task, plan) for task in catalogue.tasks}
+            chosen = [task for task in catalogue.tasks if plan.tasks is None or task.name in plan.tasks]
+            return {task.name: _score_task(model, catalogue, task, plan) for task in chosen}
     finally:
         model.train(training)
 

@@ -14,6 +14,7 @@ from moemm.data.sample import PackedBatch
 from moemm.modalities import ModalitySpec, build_tokenizer
 from moemm.models.heads import Heads
 from moemm.models.latents import Latents
+from moemm.models.missing import build_missing
 from moemm.models.position import FourierPosition
 from moemm.models.stream import Stream, join
 from moemm.models.trunk import Trunk
@@ -26,12 +27,14 @@ class ModelOutput:
     """outputs: task -> (its samples, C) fp32, every task, also with zero rows. num_tokens: of the packed stream.
 
     earlier: the same after each block but the last, with `model.predict_every_block`.
+    missing: sum over samples of the regression's loss, while a model that predicts absent modalities trains.
     """
 
     outputs: dict[str, torch.Tensor]
     router: RouterStats | None
     num_tokens: int
     earlier: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    missing: torch.Tensor | None = None
 
 
 class Model(nn.Module):
@@ -49,6 +52,7 @@ class Model(nn.Module):
         self.latents = Latents(self.groups, config.dim, config.heads, config.latents) if config.latents else None
         self.trunk = Trunk(config, self.map)
         self.heads = Heads(tasks, config.dim, config.heads, dropout=config.dropout)
+        self.missing = build_missing(config, list(specs), tasks)  # last: the other weights are the same with each kind
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
         """Outputs of every task for the samples of a batch. Modalities must be those of the model, in its order."""
@@ -56,7 +60,7 @@ class Model(nn.Module):
         stream = self.tokenize(batch)
         states, stats = self.trunk(stream)
         *earlier, last = [self.heads(x_TD, stream.sample_T, batch.task) for x_TD in states]
-        return ModelOutput(last, stats, stream.values_TD.shape[0], earlier)
+        return ModelOutput(last, stats, stream.values_TD.shape[0], earlier, stream.missing)
 
     def tokenize(self, batch: PackedBatch) -> Stream:
         """The packed stream: tokens + modality embedding + position and time; with `model.latents`, what stands for
@@ -64,15 +68,18 @@ class Model(nn.Module):
         """  # fmt: skip
         parts = [self.tokenizers[name](packed) for name, packed in batch.modalities.items()]
         stream = join(parts, batch)
-        embedding_MD = torch.stack(
-            [self.modality_D[name] for name in self.tokenizers]
-        )  # a ParameterDict sorts its keys
+        names = list(self.tokenizers)
+        embedding_MD = torch.stack([self.modality_D[name] for name in names])  # a ParameterDict sorts its keys
         place_TD = self.position(stream.position_TP, stream.time_T)
         stream.values_TD = stream.values_TD + embedding_MD[stream.modality_T] + place_TD
-        if self.latents is None:
-            return stream
-        rows = [packed.sample for packed in batch.modalities.values()]
-        return self.latents(stream, rows, self.trunk.backend(stream.values_TD))
+        if self.latents is not None:
+            rows = [packed.sample for packed in batch.modalities.values()]
+            stream = self.latents(stream, rows, self.trunk.backend(stream.values_TD))
+        if self.missing is not None:
+            absent = self.missing.absent(batch)
+            values_AD, stream.missing = self.missing(absent, parts, batch)
+            stream = stream.extended(absent, values_AD + embedding_MD[absent.modality_A])
+        return stream
 
     def num_parameters(self) -> tuple[int, int]:
         """(all parameters, those that one token and its task's head pass through at most).
@@ -90,6 +97,7 @@ class Model(nn.Module):
         group = self.groups[self.map.modalities.index(modality)]
         own = [("tokenizers.", modality), ("modality_D.", modality), ("heads.linear.", None), ("members.", group)]
         own += [(f"latents.{part}.", group) for part in ("start", "norm", "attention")]
+        own += [("missing.", "")]  # what stands in for a modality is met by no token of a signal
         met = sum(number for name, number in count.items() if not any(_after(name, prefix) for prefix, _ in own))
         for prefix, wanted in own:
             sizes: dict[str, int] = {}

@@ -121,9 +121,7 @@ class Trunk(nn.Module):
         layer = block.ffn
         if not self.bound or not isinstance(layer, MoELayer) or layer.router is None:
             return None
-        present_BM = torch.zeros(stream.num_samples, len(self.map.modalities), dtype=torch.bool, device=row_T.device)
-        present_BM[stream.sample_T, stream.modality_T] = True
-        return bound_expert(present_BM, layer.router.allowed_ME)[stream.sample_T, row_T]
+        return bound_expert(stream.presence_BM, layer.router.allowed_ME)[stream.sample_T, row_T]
 
     def backend(self, x_TD: torch.Tensor) -> Backend:
         """Buckets of dense blocks unless CUDA's variable-length kernels can run: they want half precision."""

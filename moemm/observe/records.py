@@ -12,7 +12,8 @@ import numpy as np
 class Metrics:
     """Means over the steps since the last report, over all ranks.
 
-    loss: the objective, router losses included. losses, accuracy: task -> mean over its samples (accuracy: of
+    loss: the objective, router losses included, and that of the regression of absent modalities (missing_loss, 0
+    without one). losses, accuracy: task -> mean over its samples (accuracy: of
     classification only). Tasks without a sample in the window are missing. load_LME: (L, M, E) share of each
     modality's choices per expert, 0 where it has no tokens; None without routed experts.
     """
@@ -28,6 +29,7 @@ class Metrics:
     tokens_per_second: float
     seconds: float
     seconds_left: float
+    missing_loss: float = 0.0
     load_LME: np.ndarray | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,16 +26,18 @@ class MicroLoss:
 
     backward: what the engine gets; averaged over ranks and micro-batches its gradient is that of the objective.
     sums_T: per task the sum over the samples, without the task's weight. router: of the micro-batch of all ranks.
+    missing: of the regression of absent modalities, sum over the samples, times its weight.
     """
 
     backward: torch.Tensor
     sums_T: torch.Tensor
     router: torch.Tensor
+    missing: torch.Tensor
 
     def broken(self, names: tuple[str, ...]) -> list[str]:
-        """Names of the tasks whose loss is not finite, and `router` if that is not."""
-        finite = torch.isfinite(torch.cat([self.sums_T, self.router.reshape(1)])).tolist()
-        return [name for name, fine in zip((*names, "router"), finite, strict=True) if not fine]
+        """Names of the tasks whose loss is not finite, and `router` and `missing` if those are not."""
+        finite = torch.isfinite(torch.cat([self.sums_T, torch.stack([self.router, self.missing])])).tolist()
+        return [name for name, fine in zip((*names, "router", "missing"), finite, strict=True) if not fine]
 
 
 class Objective:
@@ -49,6 +51,7 @@ class Objective:
     ) -> None:
         self.tasks, self._world, self._allowed_LME = tasks, world, allowed_LME
         self._router_losses, self._smoothing = config.model.router.losses, config.train.label_smoothing
+        self._missing_weight = config.model.missing.weight or 1.0
         # The engine divides by ranks x micro-batches; the samples of the step are batch_size.
         self._scale = world.size * config.train.accumulation / config.train.batch_size
         self._weights_T = torch.tensor([task.weight for task in tasks], device=world.device)
@@ -58,7 +61,9 @@ class Objective:
         every = [self._sums(outputs, batch) for outputs in (output.outputs, *output.earlier)]
         sums_T, mean_T = every[0], torch.stack(every).mean(0) if output.earlier else every[0]
         router = self._router(output) if output.router is not None else sums_T.new_zeros(())
-        return MicroLoss(self._scale * (self._weights_T * mean_T).sum() + router, sums_T.detach(), router.detach())
+        missing = sums_T.new_zeros(()) if output.missing is None else self._missing_weight * output.missing
+        backward = self._scale * ((self._weights_T * mean_T).sum() + missing) + router
+        return MicroLoss(backward, sums_T.detach(), router.detach(), missing.detach())
 
     def _sums(self, outputs: Mapping[str, torch.Tensor], batch: PackedBatch) -> torch.Tensor:
         """(T,) sums over the samples of each task."""
@@ -82,6 +87,7 @@ class WindowMeans:
 
     loss: float
     router_loss: float
+    missing_loss: float
     losses: dict[str, float]
     accuracy: dict[str, float]
     tokens: int
@@ -101,7 +107,7 @@ class Window:
     def _clear(self) -> None:
         # Columns: sum of losses, samples, samples that were right.
         self._counts_TC = torch.zeros(len(self._tasks), 3, dtype=torch.float64, device=self._world.device)
-        self._rest = torch.zeros(2, dtype=torch.float64, device=self._world.device)  # router loss, tokens
+        self._rest = torch.zeros(3, dtype=torch.float64, device=self._world.device)  # router, missing, tokens
         self._load_LME: torch.Tensor | None = None
         self._micros = 0
 
@@ -110,7 +116,8 @@ class Window:
         self._micros += 1
         self._counts_TC[:, 0] += loss.sums_T
         self._rest[0] += loss.router
-        self._rest[1] += output.num_tokens
+        self._rest[1] += loss.missing
+        self._rest[2] += output.num_tokens
         for row, task in zip(self._counts_TC, self._tasks, strict=True):
             row[1] += len(targets[task.name])
             if task.target == "classification":
@@ -122,15 +129,17 @@ class Window:
     def take(self) -> WindowMeans:
         """The means, over all ranks (all call it together); then begin anew."""
         counts = sum_over_ranks(self._counts_TC).tolist()
-        router, tokens = sum_over_ranks(self._rest).tolist()
+        router, missing, tokens = sum_over_ranks(self._rest).tolist()
         load_LME = None if self._load_LME is None else _shares(sum_over_ranks(self._load_LME))
         steps = self._micros / self._accumulation
         router /= self._micros * self._world.size
+        missing /= steps * self._batch_size
         objective = sum(weight * row[0] for weight, row in zip(self._weights, counts, strict=True))
         named = [(task, row) for task, row in zip(self._tasks, counts, strict=True) if row[1]]
         means = WindowMeans(
-            loss=objective / (steps * self._batch_size) + router,
+            loss=objective / (steps * self._batch_size) + router + missing,
             router_loss=router,
+            missing_loss=missing,
             losses={task.name: row[0] / row[1] for task, row in named},
             accuracy={task.name: row[2] / row[1] for task, row in named if task.target == "classification"},
             tokens=int(tokens),

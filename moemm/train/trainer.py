@@ -108,6 +108,7 @@ class Trainer:
                 rank=self.world.rank,
                 world_size=self.world.size,
                 start_step=self.step,
+                total_steps=self.setup.total_steps,
                 prepare=self._prepare,
             )
             batches = iter(loader)
@@ -193,6 +194,7 @@ class Trainer:
             total_steps=total,
             loss=means.loss,
             router_loss=means.router_loss,
+            missing_loss=means.missing_loss,
             losses=means.losses,
             accuracy=means.accuracy,
             lr=self._learning_rate(),

@@ -137,8 +137,8 @@ def test_evaluate_gets_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     fake = types.ModuleType("moemm.evaluate")
     calls = []
 
-    def evaluate_run(run: str, *, split: str, drop: tuple[str, ...]) -> dict[str, object]:
-        calls.append((run, split, drop))
+    def evaluate_run(run: str, *, split: str, missing: tuple[str, ...]) -> dict[str, object]:
+        calls.append((run, split, missing))
         return {"digits": 0.5}
 
     monkeypatch.setattr(fake, "evaluate_run", evaluate_run, raising=False)
@@ -146,7 +146,7 @@ def test_evaluate_gets_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fake, "load_run", lambda path: f"the run in {path}", raising=False)
     monkeypatch.setitem(sys.modules, "moemm.evaluate", fake)
     monkeypatch.setitem(sys.modules, "moemm.train", fake)
-    assert app.main(["evaluate", str(tmp_path), "--split", "val", "--drop", "image, text", "--json"]) == 0
+    assert app.main(["evaluate", str(tmp_path), "--split", "val", "--missing", "image, text", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"digits": 0.5}
     assert app.main(["evaluate", str(tmp_path)]) == 0
     assert "a table of" in capsys.readouterr().out

@@ -45,7 +45,8 @@ class Recorder(Callback):
         self.messages: list[str] = []
 
     def on_metrics(self, metrics: Metrics) -> None:
-        self.losses.append([metrics.loss, metrics.router_loss, *metrics.losses.values()])
+        extra = [metrics.missing_loss] if metrics.missing_loss else []
+        self.losses.append([metrics.loss, metrics.router_loss, *metrics.losses.values(), *extra])
 
     def on_message(self, text: str) -> None:
         self.messages.append(text)
@@ -104,6 +105,33 @@ def parity(folder: str, stages: list[int]) -> dict[str, Any]:
                     deal(patch, Apart)
                 trainer.run()
             found[f"{case} {stage}"] = recorder.losses
+            done(trainer)
+    return found
+
+
+class Lacking(Apart):
+    """The same 8 shapes each step, without the records of rank 0 of two, and in every other step of two more."""
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        for step in range(100):
+            samples = [self._sets[1][i] for i in range(8)]
+            for sample in samples[: 4 if step % 2 else 6]:
+                sample.modalities.pop("record", None)
+            yield self._packer(samples[self._rank * self._share : (self._rank + 1) * self._share])
+
+
+def absent(folder: str, stages: list[int], kinds: list[str]) -> dict[str, Any]:
+    """Losses of six steps of models that stand in for modalities which one rank's samples lack, or have."""
+    world = connect(timeout_s=60)
+    found: dict[str, Any] = {}
+    for kind in kinds:
+        for stage in stages:
+            name = f"{kind}_{stage}_{world.size}"
+            trainer, recorder = build(Path(folder), world, name=name, stage=stage, model={"missing": {"kind": kind}})
+            with pytest.MonkeyPatch.context() as patch:
+                deal(patch, Lacking)
+                trainer.run()
+            found[f"{kind} {stage}"] = recorder.losses
             done(trainer)
     return found
 

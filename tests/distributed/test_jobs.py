@@ -55,6 +55,24 @@ def test_two_ranks_with_half_the_batch_give_the_losses_of_one(
 
 
 @pytest.fixture(scope="module")
+def lacking(folder: Path) -> dict[str, np.ndarray]:
+    alone = job("absent", ranks=1, folder=str(folder), stages=[0], kinds=["bank", "predict"])[0]
+    both = job("absent", folder=str(folder), stages=[0, 2, 3], kinds=["bank", "predict"])
+    found = {f"two {name}": np.array(value) for name, value in both[0].items()}
+    return found | {f"one {name}": np.array(value) for name, value in alone.items()}
+
+
+@pytest.mark.parametrize(("kind", "stage"), list(product(("bank", "predict"), (0, 2, 3))))
+def test_a_rank_whose_samples_lack_a_modality_trains_as_one_would(
+    lacking: dict[str, np.ndarray], kind: str, stage: int
+) -> None:
+    one, two = lacking[f"one {kind} 0"], lacking[f"two {kind} {stage}"]
+    assert one.shape == (6, 4 if kind == "predict" else 3), "the regression's loss is reported where there is one"
+    assert one[-1, 0] < one[0, 0] - 0.05, "the losses must move for this to mean anything"
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
 def trapped(folder: Path) -> list[Any]:
     calls = [
         ("traps", {"stages": STAGES}),

@@ -65,6 +65,18 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"router": {"losses": {"min_experts": 3.0}}}},
         r"losses\.min_experts: has no meaning without `global_entropy`",
     ),
+    "a regression's weight without a regression": (
+        {"model": {"missing": {"kind": "bank", "weight": 0.5}}},
+        r"model\.missing\.weight: is no option of `model\.missing\.kind: bank`",
+    ),
+    "a network's width without a network": (
+        {"model": {"missing": {"width": 32}}},
+        r"model\.missing\.width: is no option of `model\.missing\.kind: none`",
+    ),
+    "the length of a schedule without its start": (
+        {"data": {"tasks": [{"name": "a", "file": "a.h5"}], "modality_dropout": 0.3, "modality_dropout_over": 0.5}},
+        r"data\.modality_dropout_over: has no meaning without data\.modality_dropout_start",
+    ),
     "no experts": ({"model": {"experts": {"groups": []}}}, r"model\.experts\.groups: holds too few values"),
     "a shared expert without width": (
         {"model": {"experts": groups({"kind": "shared"})}},

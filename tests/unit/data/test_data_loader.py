@@ -15,6 +15,7 @@ import torch
 
 from moemm.config.schema import Config, DataConfig, TaskConfig, TrainConfig
 from moemm.data import Catalogue, PackedBatch, build_catalogue, eval_loader, train_loader
+from moemm.data.loader import Dropout
 from moemm.errors import ConfigError, DataError
 
 
@@ -84,6 +85,30 @@ def test_dropout_takes_modalities_but_never_the_last(catalogue: Catalogue) -> No
     assert presence.sum(dim=1).float().mean() < 1.6
     full = take(catalogue, 6, settings=config(batch_size=24))
     assert torch.cat([batch.presence for batch in full]).sum() > 2 * presence.sum()
+
+
+def test_dropout_moves_from_its_start_to_its_end(catalogue: Catalogue) -> None:
+    settings = config(modality_dropout=0.6, modality_dropout_start=0.2, modality_dropout_over=0.5)
+    dropout = Dropout.of(settings, total_steps=40)
+    chances = [dropout.at(step * 8) for step in (0, 5, 10, 20, 39, 100)]
+    assert chances == pytest.approx([0.2, 0.3, 0.4, 0.6, 0.6, 0.6])
+    assert Dropout.of(config(modality_dropout=0.3), total_steps=None).at(77) == 0.3
+    assert dropout.at(3) != dropout.at(4), "by draw, so that micro-batches and ranks do not matter"
+    with pytest.raises(AssertionError, match="a schedule needs the number of steps"):
+        Dropout.of(settings, total_steps=None)
+
+
+def test_a_schedule_of_the_dropout_is_the_same_after_a_resume_and_on_ranks(catalogue: Catalogue) -> None:
+    settings = config(modality_dropout=0.0, modality_dropout_start=0.9, modality_dropout_over=0.5)
+    whole = take(catalogue, 8, settings=settings, total_steps=8)
+    complete = take(catalogue, 8)
+    lost = [int((full.presence & ~one.presence).sum()) for one, full in zip(whole, complete, strict=True)]
+    assert lost[0] > lost[3] and lost[4:] == [0] * 4, "nothing is taken away from the middle on"
+    resumed = take(catalogue, 5, settings=settings, total_steps=8, start_step=3)
+    assert [signature(batch) for batch in resumed] == [signature(batch) for batch in whole[3:]]
+    halves = [take(catalogue, 4, settings=settings, total_steps=8, rank=r, world_size=2) for r in range(2)]
+    for number, batch in enumerate(whole[:4]):
+        assert torch.equal(torch.cat([half[number].presence for half in halves]), batch.presence)
 
 
 def test_prepare_runs_in_the_worker(catalogue: Catalogue) -> None:

@@ -69,8 +69,8 @@ def test_taking_a_modality_away_changes_its_task_and_no_other(made: Made) -> Non
     model, catalogue, specs = made
     run = SimpleNamespace(model=model, catalogue=catalogue, specs=specs, folder=Path("runs/x"), step=7)
     torch.nn.init.normal_(model.heads.linear["shapes"].weight)
-    result = evaluate_run(run, drop=["image"])
-    assert result["drop"] == ["image"] and result["step"] == 7
+    result = evaluate_run(run, missing=["image"])
+    assert result["missing"] == ["image"] and result["step"] == 7
     assert result["tasks"]["tones"]["value"] == result["tasks"]["tones"]["complete"]
     assert result["tasks"]["shapes"]["n"] < catalogue.tasks[0].sizes["test"] or (
         result["tasks"]["shapes"]["value"] != result["tasks"]["shapes"]["complete"]
@@ -80,7 +80,7 @@ def test_taking_a_modality_away_changes_its_task_and_no_other(made: Made) -> Non
 def test_a_task_with_nothing_left_has_no_score(made: Made) -> None:
     model, catalogue, specs = made
     run = SimpleNamespace(model=model, catalogue=catalogue, specs=specs, folder=Path("runs/x"), step=7)
-    result = evaluate_run(run, drop=["series"])
+    result = evaluate_run(run, missing=["series"])
     assert result["tasks"]["tones"]["value"] is None and result["tasks"]["tones"]["n"] == 0
     from rich.console import Console
 
@@ -91,7 +91,7 @@ def test_a_task_with_nothing_left_has_no_score(made: Made) -> None:
 
 def test_a_modality_that_the_run_lacks_is_refused(made: Made) -> None:
     model, catalogue, _ = made
-    with pytest.raises(ConfigError, match="--drop radar: no such modality; this run has image, record, series"):
+    with pytest.raises(ConfigError, match="--missing radar: no such modality; this run has image, record, series"):
         evaluate_model(model, catalogue, plan(drop=["radar"]))
 
 
