@@ -30,6 +30,18 @@ VERBS: dict[str, Verb] = {
         target="moemm.cli.evaluate:Evaluate",
         help="score a run, with modalities taken away if wanted",
     ),
+    "inspect": Verb(
+        usage="RUN|CONFIG",
+        target="moemm.cli.inspect:Inspect",
+        help="the expert map: who may use which expert",
+        overrides=True,
+    ),
+    "analyze heterogeneity": Verb(
+        usage="RUN|CONFIG",
+        target="moemm.cli.analyze:Heterogeneity",
+        help="which modalities should share experts",
+        overrides=True,
+    ),
     "config show": Verb(
         usage="CONFIG",
         target="moemm.cli.config:Show",

@@ -4,6 +4,7 @@ from moemm.moe.expert_map import Expert, ExpertMap
 from moemm.moe.experts import FeedForward, LowRank
 from moemm.moe.layer import ExpertShape, MoELayer
 from moemm.moe.losses import LOSSES, router_loss
+from moemm.moe.override import redirected
 from moemm.moe.router import Router, active_experts
 from moemm.moe.routers import ROUTERS, RouteInput, Routing, bound_expert, register_router
 from moemm.moe.stats import RouterStats
@@ -23,6 +24,7 @@ __all__ = [
     "Routing",
     "active_experts",
     "bound_expert",
+    "redirected",
     "register_router",
     "router_loss",
 ]

@@ -14,7 +14,7 @@ import torch
 from moemm.checkpoint.resume import changed_keys
 from moemm.config import Config, LoadedConfig, save_config
 from moemm.data.build import build_catalogue
-from moemm.data.catalogue import Catalogue
+from moemm.data.catalogue import Catalogue, TaskInfo
 from moemm.data.dataset import SplitDataset
 from moemm.data.sample import Value
 from moemm.distributed import broadcast_object, on_main
@@ -91,6 +91,15 @@ def _claim(folder: Path, *, resume: bool) -> bool:
     return False
 
 
+def learn_modalities(loaded: LoadedConfig) -> tuple[Catalogue, dict[str, ModalitySpec]]:
+    """The catalogue of a configuration's data, and the specs that a run on it begins with. Writes nothing.
+
+    Raises ConfigError and DataError as a run would.
+    """
+    catalogue = build_catalogue(loaded.config.data, base=loaded.path.parent)
+    return catalogue, _fit(loaded.config, catalogue)
+
+
 def _fit(config: Config, catalogue: Catalogue) -> dict[str, ModalitySpec]:
     # Every rank learns them from the data rather than wait for rank 0: that may outlast a collective's timeout.
     specs = fit_modalities(catalogue.modalities, config.modalities, lambda name: train_values(catalogue, name))
@@ -149,6 +158,20 @@ def describe(catalogue: Catalogue) -> dict[str, Any]:
     for task in values["tasks"]:
         task["file"] = Path(task["file"]).name
     return values
+
+
+def stored_tasks(stored: Mapping[str, Any]) -> tuple[TaskInfo, ...]:
+    """The tasks that a run folder's catalogue describes. Raises CheckpointError."""
+    try:
+        found = []
+        for task in stored["tasks"]:
+            entry: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in task.items()
+            }
+            found.append(TaskInfo(**entry))
+        return tuple(found)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{CATALOGUE} of the run does not describe tasks ({error}); put it back") from error
 
 
 def check_catalogue(stored: Mapping[str, Any], catalogue: Catalogue) -> None:

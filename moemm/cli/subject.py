@@ -1,0 +1,83 @@
+"""RUN|CONFIG: what verbs that look at a model are given, a run folder or a configuration file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moemm.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from moemm.checkpoint import Manifest
+    from moemm.config import LoadedConfig
+    from moemm.models import Model
+
+
+def load(path: Path, overrides: Sequence[str]) -> LoadedConfig:
+    """The configuration of a run folder, or of a file with the command line's values over it.
+
+    Raises ConfigError: no such file, values for a run folder. CheckpointError: a folder that holds no run.
+    """
+    from moemm.config import load_config
+    from moemm.config.suggest import missing_path
+
+    if not path.exists():
+        raise ConfigError(missing_path(path, what="run folder or configuration"))
+    if not path.is_dir():
+        return load_config(path, overrides)
+    if overrides:
+        raise ConfigError(
+            f"{path} is a run folder, whose model is what it is: {overrides[0]} cannot change it; give the "
+            "configuration file instead"
+        )
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(f"{path} is no run folder: it has no config.yaml. Give train.output of a run, or a YAML.")
+    return load_config(path / "config.yaml")
+
+
+@dataclass(frozen=True, slots=True)
+class Untrained:
+    """A model with fresh weights, and the newest manifest of its run: None for a configuration, or before the first."""
+
+    model: Model
+    manifest: Manifest | None
+
+
+def build(path: Path, overrides: Sequence[str]) -> Untrained:
+    """The model of a run folder, from what it stored and without its data, or that of a configuration.
+
+    Raises as `load`, DataError for data that a configuration names, CheckpointError for a run folder with broken files.
+    """
+    from moemm.models import build_model
+    from moemm.train.setup import learn_modalities, load_stored, stored_tasks
+
+    loaded = load(path, overrides)
+    if path.is_dir():
+        specs, stored = load_stored(path)
+        tasks = stored_tasks(stored)
+    else:
+        catalogue, specs = learn_modalities(loaded)
+        tasks = catalogue.tasks
+    model = build_model(loaded.config.model, specs=specs, tasks=tasks)
+    return Untrained(model, _newest(path / "checkpoints"))
+
+
+def saved_as_is(found: Untrained) -> bool:
+    """Whether the run's checkpoint, where there is one with an expert map, has that of the configuration."""
+    saved = found.manifest.expert_map if found.manifest else None
+    return saved is None or saved == json.loads(json.dumps(found.model.map.to_dict()))
+
+
+def _newest(folder: Path) -> Manifest | None:
+    """The newest manifest that can be read; the files that it names are not hashed: nothing of them is used."""
+    from moemm.checkpoint import read_manifest
+
+    for step in sorted((found for found in folder.glob("step_*") if not found.suffix), reverse=True):
+        try:
+            return read_manifest(step)
+        except CheckpointError:
+            continue
+    return None
