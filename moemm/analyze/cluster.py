@@ -49,7 +49,7 @@ def cut(names: Sequence[str], merges: Sequence[Merge], number: int) -> list[tupl
 
 
 def largest_jump(merges: Sequence[Merge]) -> int:
-    """The number of groups before the merge that costs most beyond the one before it; 1 where there is no merge."""
+    """The number of groups before the merge whose height is farthest above the one before it; 1 without merges."""
     heights = [0.0, *(merge.height for merge in merges)]
     jumps = np.diff(heights)
     return 1 if not jumps.size else len(merges) + 1 - int(jumps.argmax())

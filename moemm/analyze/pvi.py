@@ -37,7 +37,7 @@ Tell = Callable[[str], None]
 class Effort:
     """samples: of each task and split. Passes over those of train: for a source's trunk, and for each transfer."""
 
-    samples: int = 512
+    samples: int = 256
     source_passes: int = 10
     transfer_passes: int = 4
 

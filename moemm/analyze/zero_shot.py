@@ -53,7 +53,7 @@ class TrainedRun(Protocol):
 
 
 def exchange_experts(
-    run: TrainedRun, *, samples: int = 512, tell: Callable[[str], None] = lambda line: None
+    run: TrainedRun, *, samples: int = 256, tell: Callable[[str], None] = lambda line: None
 ) -> tuple[Transfer, dict[str, dict[str, dict[str, float]]]]:
     """Bits a sample of split val that a target loses through the source's modality experts, zero-shot.
 

@@ -38,6 +38,10 @@ class Inspect:
         if self.json:
             show_json(values)
             return 0
-        where = "" if step is None else f", step {step}" if same else f", but step {step} was saved with another map"
-        show(render_experts(values, title=f"{self.subject}{where}"))
+        title = str(self.subject)
+        if step is not None:
+            title += (
+                f"\ncheckpoint  step {step}{'' if same else ', saved with another expert map than config.yaml has'}"
+            )
+        show(render_experts(values, title=title))
         return 0

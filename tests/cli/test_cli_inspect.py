@@ -63,7 +63,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_inspect_a_run_needs_no_data(call: Call, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "run", tmp_path / "run")
     code, out, _ = call("inspect", tmp_path / "run")
-    assert code == 0 and out.splitlines()[0].endswith("run, step 6")
+    assert code == 0 and out.splitlines()[1] == "checkpoint  step 6"
     assert "│ modality_record │ modality │     8 │        256 │ ·b·            │" in out
 
 
@@ -142,7 +142,7 @@ def test_another_map_than_the_saved_one_is_said(call: Call, folder: Path, tmp_pa
     values["model"]["experts"]["groups"][2]["count"] = 3
     path.write_text(yaml.safe_dump(values))
     _, out, _ = call("inspect", tmp_path / "run")
-    assert "but step 6 was saved with another map" in out.splitlines()[0]
+    assert out.splitlines()[1] == "checkpoint  step 6, saved with another expert map than config.yaml has"
 
 
 def test_heterogeneity_of_a_run_is_ready_to_train(call: Call, folder: Path) -> None:
@@ -153,7 +153,11 @@ def test_heterogeneity_of_a_run_is_ready_to_train(call: Call, folder: Path) -> N
     loaded = load_config(path)
     groups = loaded.config.model.experts.groups
     families = [group.modalities for group in groups if group.kind == "modality"]
-    assert len(families) == 2 and sorted(sum(families, [])) == ["image", "record", "series"]
+    assert len(families) == 2 and sorted(name for family in families for name in family) == [
+        "image",
+        "record",
+        "series",
+    ]
     assert loaded.config.train.output == str(folder / "run") + "-grouped"
     assert load_config(folder / "tiny.yaml").data_root.resolve() == loaded.data_root.resolve()
     with (path.parent / "grouped.zero-shot.modalities.csv").open() as file:
