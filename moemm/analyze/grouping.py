@@ -19,7 +19,8 @@ PREFIX = "family"
 def regroup(config: Config, groups: Sequence[Sequence[str]], tasks: Sequence[str]) -> Config:
     """The configuration with a modality expert for each of `groups`, as wide and in the layers of the first one so far.
 
-    Modality groups for skills (`tasks`) and groups of other kinds stay. tasks: names of the run's tasks.
+    Modality groups for skills (`tasks`) and groups of other kinds stay. A `model.share` that was given becomes these
+    groups too. tasks: names of the run's tasks.
     Raises ConfigError: no modality group to take the width from; an expert that needs one which is gone.
     """
     before = config.model.experts.groups
@@ -36,7 +37,8 @@ def regroup(config: Config, groups: Sequence[Sequence[str]], tasks: Sequence[str
     after: list[ExpertGroupConfig] = []
     for place, group in enumerate(before):
         after += families if place == places[0] else [] if place in places else [group]
-    model = replace(config.model, experts=ExpertsConfig(groups=after))
+    share = [list(names) for names in groups if len(names) > 1] if config.model.share else []
+    model = replace(config.model, experts=ExpertsConfig(groups=after), share=share)
     names = [name for group in groups for name in group]
     ExpertMap.from_config(after, names, tasks, model.layers)  # says what does not fit before anything is written
     return replace(config, model=model)

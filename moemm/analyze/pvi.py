@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from moemm.analyze.bits import bits, null_outputs
 from moemm.analyze.matrix import Transfer
 from moemm.analyze.units import Unit, make_unit
 from moemm.config import Config
-from moemm.config.schema import ExpertGroupConfig, ExpertsConfig, ModelConfig, RouterConfig
+from moemm.config.schema import ExpertGroupConfig, ExpertsConfig, ModelConfig
 from moemm.data.catalogue import Catalogue
 from moemm.modalities import ModalitySpec
 from moemm.models import Model, build_model
@@ -84,11 +84,21 @@ def transfer_between(
 
 
 def _dense(config: ModelConfig, catalogue: Catalogue) -> ModelConfig:
-    """The model without its experts, as wide as what a token passes through in it."""
+    """The model without its experts, as wide as what a token passes through in it, and without what else a modality has
+    of its own: all of a trunk moves from modality to modality.
+    """
     names, tasks = [info.name for info in catalogue.modalities], [task.name for task in catalogue.tasks]
     width = active_width(config, ExpertMap.from_config(config.experts.groups, names, tasks, config.layers))
-    experts = ExpertsConfig(groups=[ExpertGroupConfig(kind="shared", width=width)])
-    return replace(config, moe="dense", experts=experts, router=RouterConfig())
+    return ModelConfig(
+        dim=config.dim,
+        layers=config.layers,
+        heads=config.heads,
+        moe="dense",
+        experts=ExpertsConfig(groups=[ExpertGroupConfig(kind="shared", width=width)]),
+        activation=config.activation,
+        dropout=config.dropout,
+        attention=config.attention,
+    )
 
 
 def _model(plain: ModelConfig, unit: Unit, trunk: Weights, seed: int) -> Model:

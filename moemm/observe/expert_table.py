@@ -29,6 +29,7 @@ def describe_model(model: Model) -> Json:
     return {
         "parameters": {"total": total, "active": active},
         "router": _router(model) if model.trunk.routed_layers else None,
+        "own": {"untie": model.config.untie, "latents": model.config.latents, "share": model.config.share},
         "tasks": list(model.map.tasks),
         "modalities": [_modality(model, name) for name in model.map.modalities],
         "layers": list(_layers(model)),
@@ -39,6 +40,11 @@ def render_experts(found: Mapping[str, Any], *, title: str) -> Group:
     """What describe_model gives, as tables for the terminal: modalities with their letters, then experts by layer."""
     total, active = (f"{found['parameters'][key]:,}" for key in ("total", "active"))
     lines = [title, f"parameters  {total} in all, {active} active a token at most", _router_line(found["router"])]
+    own = found["own"]
+    if own["untie"] or own["latents"]:
+        shared = "; ".join(", ".join(group) for group in own["share"]) or "none"
+        parts = [*own["untie"], *([f"{own['latents']} latents"] if own["latents"] else [])]
+        lines.append(f"own         {', '.join(parts)} of each modality; shared by: {shared}")
     codes = modality_codes([entry["name"] for entry in found["modalities"]])
     return Group(*lines, _modality_table(found, codes), *(_layer_table(layer, codes) for layer in found["layers"]))
 

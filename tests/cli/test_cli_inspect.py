@@ -107,6 +107,7 @@ def test_twelve_modalities_and_twenty_experts_fit_in_100_columns() -> None:
     values = {
         "parameters": {"total": 123_456_789, "active": 12_345_678},
         "router": {"kind": "softmax", "scope": "joint", "top_k": None, "gates": "raw", "losses": {"balance": 0.01}},
+        "own": {"untie": ["norms", "qkv"], "latents": 8, "share": [names[:3], names[3:6]]},
         "tasks": ["left"],
         "modalities": [
             {"name": n, "kind": "timeseries", "tokenizer": 123_456, "active": 9_999_999, "active_by_task": {"left": 1}}
@@ -117,6 +118,7 @@ def test_twelve_modalities_and_twenty_experts_fit_in_100_columns() -> None:
     console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(render_experts(values, title="x"))
     lines = console.export_text().splitlines()
+    assert any(line.startswith("own         norms, qkv, 8 latents of each modality; shared by:") for line in lines)
     assert max(map(len, lines)) <= 100
     assert sum("family_number_" in line for line in lines) == 20 and "·····f··" not in lines
     assert any("family_number_11" in line and "···········l" in line and "left" in line for line in lines)

@@ -174,6 +174,19 @@ def test_regrouping_replaces_modality_experts_and_nothing_else(made: Made) -> No
     assert saved == 2 * 2 * 16 * 16, "two experts of two matrices less"
 
 
+def test_what_was_shared_by_hand_follows_the_groups(made: Made) -> None:
+    loaded, catalogue, specs = made
+    model = replace(loaded.config.model, untie=["norms"], latents=2, share=[["product_1", "sum_1"]])
+    config = replace(loaded.config, model=model)
+    groups = [FAMILIES[0], ("sum_1",), ("sum_2",)]
+    assert regroup(config, groups, NAMES).model.share == [["product_1", "product_2"]]
+    size = parameters(regroup(config, groups, NAMES), specs, catalogue.tasks)
+    assert largest_number(config, specs, catalogue.tasks, budget=size) == 3
+    assert largest_number(config, specs, catalogue.tasks, budget=size - 1) == 2
+    effort = Effort(samples=8, source_passes=1, transfer_passes=1)
+    assert np.isfinite(transfer_between(config, catalogue, specs, UNITS[:2], effort=effort).bits_ST).all()
+
+
 def test_the_budget_is_that_of_the_whole_model(made: Made) -> None:
     loaded, catalogue, specs = made
     sizes = [parameters(regroup(loaded.config, groups, NAMES), specs, catalogue.tasks) for groups in
