@@ -158,6 +158,14 @@ def read_rank(engine: Any, folder: Path, world: World) -> None:
         raise CheckpointError(f"{folder} is whole, but its state does not fit this run.\n" + "\n".join(problems))
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of `model.safetensors` of a verified folder, on the CPU. Raises CheckpointError."""
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Load `model.safetensors` of a verified folder into a model that no engine holds. Raises CheckpointError."""
     try:

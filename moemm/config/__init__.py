@@ -11,6 +11,7 @@ from moemm.config.schema import (
     ExpertsConfig,
     ModalityConfig,
     ModelConfig,
+    ObjectivesConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "LoadedConfig",
     "ModalityConfig",
     "ModelConfig",
+    "ObjectivesConfig",
     "TaskConfig",
     "TrainConfig",
     "check_ranks",

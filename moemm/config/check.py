@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from itertools import combinations
 
 from moemm.config.check_experts import EXPERT_RULES
+from moemm.config.check_objectives import OBJECTIVE_RULES
 from moemm.config.deepspeed import check_extra
 from moemm.config.names import modality_names, unknown_modalities
 from moemm.config.problem import Problem
@@ -173,6 +174,7 @@ RULES: tuple[Rule, ...] = (
     _width,
     *EXPERT_RULES,
     _missing,
+    *OBJECTIVE_RULES,
     _duration,
     _batch,
     _precision,

@@ -105,7 +105,8 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def field_help(owner: type, name: str) -> str:
     """The text under the field in the source."""
-    return _helps()[owner.__name__].get(name, "")
+    known = (_helps().get(one.__name__, {}) for one in owner.__mro__)
+    return next((texts[name] for texts in known if name in texts), "")
 
 
 def strip(annotation: Any) -> Any:

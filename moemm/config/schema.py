@@ -46,6 +46,8 @@ class DataConfig:
     """Folder that relative `file`s start at; itself relative to the config file."""
     temperature: Annotated[float, Ge(1.0)] = 1.0
     """Tasks are drawn with probability n^(1/temperature): 1 is proportional to size, large is uniform."""
+    label_share: Annotated[float, Interval(gt=0.0, le=1.0)] = 1.0
+    """Share of each task's training samples whose labels are used, the same of each class; drawn by `train.seed`."""
     modality_dropout: Share = 0.0
     """Probability of taking a modality away from a training sample; the last one always stays."""
     modality_dropout_start: Share | None = None
@@ -238,6 +240,80 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What all objectives have: a factor, and how it comes to be."""
+
+    weight: NonNegative = 0.0
+    """Factor on this objective; 0 leaves it out."""
+    start: NonNegative | None = None
+    """Factor at the first step, from which it goes linearly to `weight`; `weight` from the beginning when not given."""
+    over: Annotated[float, Interval(gt=0.0, le=1.0)] = 1.0
+    """Share of the steps that the way from `start` to `weight` takes."""
+
+
+@dataclass(kw_only=True)
+class SupervisedConfig(ObjectiveConfig):
+    """The labels of the tasks; each task has a `weight` of its own besides."""
+
+    weight: NonNegative = 1.0
+    """Factor on this objective; 0 leaves it out."""
+
+
+@dataclass(kw_only=True)
+class MaskedConfig(ObjectiveConfig):
+    """Masked modelling: hide tokens, tell what they were from the rest of the sample."""
+
+    ratio: Annotated[float, Interval(ge=0.0, le=1.0)] = 0.3
+    """Probability that a token is hidden."""
+    cross_modal: Fraction = 0.0
+    """Probability that one whole modality of a sample of several is hidden, and nothing else of that sample."""
+    modalities: Annotated[list[str], MinLen(1)] | None = None
+    """Modalities to hide; all when not given."""
+
+
+@dataclass(kw_only=True)
+class ContrastiveConfig(ObjectiveConfig):
+    """Contrastive alignment: each modality of a sample, encoded alone, finds the sample's other modalities."""
+
+    loss: Literal["infonce", "siglip"] = "infonce"
+    """`infonce`: softmax over the samples of all ranks (arXiv:1807.03748). `siglip`: sigmoid on each pair of samples
+    (arXiv:2303.15343)."""
+    temperature: Positive = 0.1
+    """Temperature at the start; it is learned."""
+    pairs: Annotated[list[list[str]], MinLen(1)] | None = None
+    """Pairs of modalities to align, such as [[image, voice]]; every pair that a sample has when not given."""
+
+
+@dataclass(kw_only=True)
+class SimilarityConfig(ObjectiveConfig):
+    """Similarity between a sample with hidden tokens (as `masked` hides them) and the whole sample (LANISTR)."""
+
+
+@dataclass(kw_only=True)
+class ReplacedConfig(ObjectiveConfig):
+    """Replaced-token detection: tell of every token whether it was exchanged (ELECTRA, arXiv:2003.10555)."""
+
+    ratio: Fraction = 0.15
+    """Probability that a token is exchanged with one of another place or sample."""
+
+
+@dataclass(kw_only=True)
+class ObjectivesConfig:
+    """What is minimised: the weighted sum of these, and the router's own losses."""
+
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    """The labels of the tasks."""
+    masked: MaskedConfig = field(default_factory=MaskedConfig)
+    """Masked modelling."""
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """Contrastive alignment."""
+    similarity: SimilarityConfig = field(default_factory=SimilarityConfig)
+    """Masked-to-unmasked similarity."""
+    replaced: ReplacedConfig = field(default_factory=ReplacedConfig)
+    """Replaced-token detection."""
+
+
+@dataclass(kw_only=True)
 class CheckpointConfig:
     """When to save, and how many to keep."""
 
@@ -253,6 +329,8 @@ class TrainConfig:
 
     output: Annotated[str, MinLen(1)] = "runs/default"
     """Folder of the run: config, vocabularies, metrics, checkpoints. Relative to the working directory."""
+    init: Annotated[str, MinLen(1)] | None = None
+    """Run folder, or one of its checkpoints, whose weights are the start: those that fit by name and shape."""
     epochs: Positive | None = None
     """Passes over the mixture (one epoch: as many samples as the train splits hold together)."""
     steps: Count | None = None
@@ -315,6 +393,8 @@ class Config:
     """Options of single modalities, by name after renaming."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    """What is minimised."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The optimisation."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from moemm.config.check_objectives import label_free
 from moemm.config.schema import Config
 from moemm.data.catalogue import Catalogue
 from moemm.data.dataset import SplitDataset
 from moemm.data.flat import FlatBatch, flatten, unflatten
+from moemm.data.labels import labelled_items
 from moemm.data.mixture import Draw, MixtureSampler
 from moemm.data.pack import Packer
 from moemm.data.sample import PackedBatch, Prepare, Sample
@@ -62,17 +64,28 @@ class Dropout:
 
 
 class TrainSamples:
-    """Draws -> samples of the train splits, some modalities taken away. Keyed by draw, not by worker."""
+    """Draws -> samples of the train splits, some modalities taken away. Keyed by draw, not by worker.
 
-    def __init__(self, catalogue: Catalogue, *, modality_dropout: Dropout = Dropout(), seed: int = 0) -> None:
+    items: for each task the items of its train split that are drawn from; all when not given.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        *,
+        modality_dropout: Dropout = Dropout(),
+        seed: int = 0,
+        items: Sequence[np.ndarray] | None = None,
+    ) -> None:
         self._datasets = [SplitDataset(catalogue, task=task.name, split="train") for task in catalogue.tasks]
         for dataset in self._datasets:
             dataset.open()  # here, so that workers and evaluations share it
-        self._dropout, self._seed = modality_dropout, seed
+        self._dropout, self._seed, self._items = modality_dropout, seed, items
 
     def __call__(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of `draws`, in order."""
-        samples = [self._datasets[draw.task][draw.item] for draw in draws]
+        items = [draw.item if self._items is None else int(self._items[draw.task][draw.item]) for draw in draws]
+        samples = [self._datasets[draw.task][item] for draw, item in zip(draws, items, strict=True)]
         for sample, draw in zip(samples, draws, strict=True):
             self._take_away(sample, draw.number)
         return samples
@@ -196,6 +209,18 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def drawn_sizes(config: Config, catalogue: Catalogue) -> list[int]:
+    """How many training samples of each task are drawn from: all, or those with labels where nothing else learns."""
+    items = _drawn_items(config, catalogue)
+    return [task.sizes["train"] for task in catalogue.tasks] if items is None else [len(one) for one in items]
+
+
+def _drawn_items(config: Config, catalogue: Catalogue) -> list[np.ndarray] | None:
+    if config.data.label_share >= 1.0 or label_free(config.objectives):
+        return None
+    return labelled_items(catalogue, share=config.data.label_share, seed=config.train.seed)
+
+
 def train_loader(
     catalogue: Catalogue,
     config: Config,
@@ -215,7 +240,7 @@ def train_loader(
     """
     seed = config.train.seed if seed is None else seed
     sampler = MixtureSampler(
-        [task.sizes["train"] for task in catalogue.tasks],
+        drawn_sizes(config, catalogue),
         temperature=config.data.temperature,
         seed=seed,
         batch_size=config.train.batch_size,
@@ -225,7 +250,8 @@ def train_loader(
         start_step=start_step,
     )
     dropout = Dropout.of(config, total_steps=total_steps)
-    read = TrainSamples(catalogue, modality_dropout=dropout, seed=seed)
+    items = _drawn_items(config, catalogue)
+    read = TrainSamples(catalogue, modality_dropout=dropout, seed=seed, items=items)
     packer = Packer(catalogue, prepare)
     return BatchLoader(read, packer, sampler, num_workers=config.data.num_workers, prefetch=config.data.prefetch)
 

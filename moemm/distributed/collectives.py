@@ -17,6 +17,11 @@ def _alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
+def num_ranks() -> int:
+    """Processes of this job."""
+    return 1 if _alone() else dist.get_world_size()
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of `tensor` over all ranks, added up in float64 and returned in the tensor's own type.
 
@@ -42,6 +47,24 @@ def max_over_ranks(values: list[int]) -> list[int]:
 def agree(flag: bool) -> bool:
     """True on every rank as soon as it is True on one."""
     return bool(max_over_ranks([int(flag)])[0])
+
+
+def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The rows of all ranks under each other, by rank, and the number of rows before this rank's.
+
+    Without a gradient. Ranks may have different numbers of rows, also none, but must agree in type and further axes.
+    """
+    own = rows.detach().contiguous()
+    if _alone():
+        return own, 0
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([own.shape[0]]))
+    sizes = [int(count) for count in counts]
+    padded = own.new_zeros(max(sizes), *own.shape[1:])
+    padded[: own.shape[0]] = own
+    everyone = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(everyone, padded)
+    return torch.cat([one[:size] for one, size in zip(everyone, sizes, strict=True)]), sum(sizes[: dist.get_rank()])
 
 
 def broadcast_object(value: T) -> T:

@@ -15,6 +15,7 @@ import torch
 from moemm.data.catalogue import ModalityInfo
 from moemm.data.sample import PackedModality, Value
 from moemm.exact import ExactBuffers
+from moemm.modalities.targets import Targets, TargetShape
 
 AXES = 3
 """Position axes: place in the sequence (counted in tokens), then two spatial ones in [-1, 1]."""
@@ -25,12 +26,14 @@ class Tokens(NamedTuple):
 
     values_TD: (T, D). row_T: (T,) int64, the row each belongs to. position_TP: (T, 3) float32, see AXES.
     time_T: (T,) float32 seconds from the start of the sample, NaN where the rate is not known.
+    source_T: (T,) int64, the number of each token before `drop`; None where none was left out.
     """
 
     values_TD: torch.Tensor
     row_T: torch.Tensor
     position_TP: torch.Tensor
     time_T: torch.Tensor
+    source_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,18 @@ class Tokenizer(ExactBuffers, ABC):
         del spec
         return None
 
+    @property
+    def target_shape(self) -> TargetShape | None:
+        """What `targets` gives; None: the kind cannot be hidden and told again."""
+        return None
+
+    def targets(self, packed: PackedModality) -> Targets:
+        """What each token holds, for the decoder of masked modelling to tell; reads no parameter, only constants.
+
+        Called where `target_shape` is not None. ZeRO-3 has taken the parameters away by then.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a target_shape, and so must have targets")
+
     @abstractmethod
     def forward(self, packed: PackedModality) -> Tokens:
         """Tokens of all rows; zero rows give zero tokens and still reach every parameter."""
@@ -83,7 +98,9 @@ class Tokenizer(ExactBuffers, ABC):
         first_T = torch.ones_like(tokens.row_T, dtype=torch.bool)
         first_T[1:] = tokens.row_T[1:] != tokens.row_T[:-1]
         keep_T = first_T | (torch.rand(tokens.row_T.shape, device=tokens.row_T.device) >= share)
-        return Tokens(*(part[keep_T] for part in tokens))
+        values_TD, row_T, position_TP, time_T, _ = tokens
+        source_T = keep_T.nonzero().flatten()
+        return Tokens(values_TD[keep_T], row_T[keep_T], position_TP[keep_T], time_T[keep_T], source_T)
 
 
 def grid_positions(*sizes: int) -> torch.Tensor:

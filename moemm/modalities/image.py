@@ -15,6 +15,7 @@ from moemm.data.sample import PackedModality, Value
 from moemm.errors import ConfigError
 from moemm.modalities.base import ModalitySpec, Tokenizer, Tokens, grid_positions, unknown_time
 from moemm.modalities.registry import register_modality
+from moemm.modalities.targets import Targets, TargetShape, standardize_tokens, value_targets
 
 
 class GridTokenizer(Tokenizer):
@@ -61,14 +62,21 @@ class GridTokenizer(Tokenizer):
 
     def forward(self, packed: PackedModality) -> Tokens:
         """(n, C, H, W) or (n, frames, C, H, W) -> as many tokens a row as blocks."""
-        data = packed.fields["data"]
-        data = data[:, None] if data.dim() == 4 else data
-        blocks = self.blocks(data).to(self.project.weight.dtype)
+        blocks = self.blocks(clips(packed)).to(self.project.weight.dtype)
         n, num = blocks.shape[:2]
-        row_T = torch.arange(n, device=data.device).repeat_interleave(num)
+        row_T = torch.arange(n, device=blocks.device).repeat_interleave(num)
         position_TP = self.position_TP.repeat(n, 1)
         values_TD = self.project(blocks.flatten(0, 1))
         return self.drop(Tokens(values_TD, row_T, position_TP, self.times(position_TP[:, 0])))
+
+    @property
+    def target_shape(self) -> TargetShape:
+        """The pixels of a block."""
+        return TargetShape(values=self.project.in_features)
+
+    def targets(self, packed: PackedModality) -> Targets:
+        """The pixels of each block, less their mean, over their deviation."""
+        return value_targets(standardize_tokens(self.blocks(clips(packed)).flatten(0, 1)))
 
     def times(self, frame_T: torch.Tensor) -> torch.Tensor:
         """(T,) seconds of the middle of each block, NaN where the rate is not known."""
@@ -81,6 +89,12 @@ class Image(GridTokenizer):
     """Patches of `patch` = [height, width] pixels (ViT, arXiv:2010.11929)."""
 
     defaults: ClassVar[Mapping[str, Any]] = {"patch": [8, 8], "normalize": "train", "dropout": 0.0}
+
+
+def clips(packed: PackedModality) -> torch.Tensor:
+    """(n, frames, C, H, W) of images and clips alike."""
+    data = packed.fields["data"]
+    return data[:, None] if data.dim() == 4 else data
 
 
 def grid_of(spec: ModalitySpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

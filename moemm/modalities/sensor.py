@@ -12,6 +12,7 @@ from moemm.data.sample import PackedModality
 from moemm.modalities.base import ModalitySpec, Tokens, sequence_positions
 from moemm.modalities.registry import register_modality
 from moemm.modalities.signal import with_mask
+from moemm.modalities.targets import Targets, TargetShape, value_targets
 from moemm.modalities.timeseries import SignalTokenizer
 
 
@@ -33,3 +34,14 @@ class Sensor(SignalTokenizer):
         values_TD = values_TD + self.channel_FD.repeat(patches.row_T.shape[0], 1)
         index_T, row_T = patches.index_T.repeat_interleave(num), patches.row_T.repeat_interleave(num)
         return self.drop(Tokens(values_TD, row_T, sequence_positions(index_T), self.times(index_T)))
+
+    @property
+    def target_shape(self) -> TargetShape:
+        """The values of one channel's patch; each channel is a group."""
+        return TargetShape(values=self.patch, groups=self.num_features)
+
+    def targets(self, packed: PackedModality) -> Targets:
+        """The normalised values of each channel's patch."""
+        values_TFp = self.clean_patches(packed).transpose(1, 2)
+        channel_T = torch.arange(self.num_features, device=values_TFp.device).repeat(values_TFp.shape[0])
+        return value_targets(values_TFp.flatten(0, 1), channel_T)

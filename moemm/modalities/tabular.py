@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, cast
 
@@ -13,6 +14,7 @@ from moemm.data.catalogue import ModalityInfo
 from moemm.data.sample import PackedModality, Table, Value
 from moemm.modalities.base import ModalitySpec, Tokenizer, Tokens, sequence_positions, unknown_time
 from moemm.modalities.registry import register_modality
+from moemm.modalities.targets import Targets, TargetShape
 
 NUM_BINS = 16
 
@@ -37,7 +39,8 @@ class Tabular(Tokenizer):
         self.missing_ND = _parameter(self.num, dim, std=0.5)
         sizes = torch.tensor([0, *spec.info.cat_sizes])
         self.register_buffer("first_C", sizes.cumsum(0)[:-1], persistent=False)
-        self.category_SD = _parameter(int(sizes.sum()), dim, std=0.5)
+        self.num_categories = int(sizes.sum())
+        self.category_SD = _parameter(self.num_categories, dim, std=0.5)
         self.column_CD = nn.Parameter(torch.randn(self.num + self.cat, dim) * 0.5)
 
     @classmethod
@@ -59,12 +62,36 @@ class Tabular(Tokenizer):
         row_T = torch.arange(n, device=num_nN.device).repeat_interleave(columns)
         return self.drop(Tokens(values_TD, row_T, sequence_positions(column_T), unknown_time(column_T)))
 
+    @property
+    def target_shape(self) -> TargetShape:
+        """A value for each numeric column, a class for each category of each categorical one; a group a column."""
+        return TargetShape(values=self.num, classes=self.num_categories, groups=self.num + self.cat)
+
+    def targets(self, packed: PackedModality) -> Targets:
+        """Numbers as their quantile in the train split, scaled to unit variance; categories; nothing where missing."""
+        num_nN, cat_nC = packed.fields["num"].float(), packed.fields["cat"].long()
+        n, columns = num_nN.shape[0], self.num + self.cat
+        missing_nN = torch.isnan(num_nN)
+        quantile_nN = self._codes(torch.where(missing_nN, 0.0, num_nN)).mean(-1)
+        scaled_nN = torch.where(missing_nN, float("nan"), (quantile_nN - 0.5) * math.sqrt(12.0))
+        values_nKN = scaled_nN.new_full((n, columns, self.num), float("nan"))
+        values_nKN[:, : self.num] = torch.where(
+            torch.eye(self.num, dtype=torch.bool, device=num_nN.device), scaled_nN[:, None], float("nan")
+        )
+        class_nK = torch.full((n, columns), -1, dtype=torch.int64, device=num_nN.device)
+        class_nK[:, self.num :] = torch.where(cat_nC > 0, cat_nC + self.first_C, -1)
+        column_T = torch.arange(columns, device=num_nN.device).repeat(n)
+        return Targets(values_nKN.flatten(0, 1), class_nK.flatten(), column_T)
+
+    def _codes(self, num_nN: torch.Tensor) -> torch.Tensor:
+        """(n, Dn) without NaN -> (n, Dn, B): how far each bin is filled."""
+        return ((num_nN[..., None] - self.low_NB) / self.width_NB).clamp(0.0, 1.0)
+
     def _numbers(self, num_nN: torch.Tensor) -> torch.Tensor:
         """(n, Dn) -> (n, Dn, D)."""
         assert self.bins_NBD is not None and self.missing_ND is not None, "called where there are numeric columns"
         missing_nN = torch.isnan(num_nN)
-        filled_nN = torch.where(missing_nN, 0.0, num_nN)
-        code_nNB = ((filled_nN[..., None] - self.low_NB) / self.width_NB).clamp(0.0, 1.0)
+        code_nNB = self._codes(torch.where(missing_nN, 0.0, num_nN))
         value_nND = torch.einsum("nib,ibd->nid", code_nNB.to(self.bins_NBD.dtype), self.bins_NBD)
         return torch.where(missing_nN[..., None], self.missing_ND, value_nND)
 

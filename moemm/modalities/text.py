@@ -14,6 +14,7 @@ from moemm.data.sample import PackedModality, Value
 from moemm.modalities.base import ModalitySpec, Tokenizer, Tokens, sequence_positions, unknown_time
 from moemm.modalities.registry import register_modality
 from moemm.modalities.signal import ranges
+from moemm.modalities.targets import Targets, TargetShape, class_targets
 from moemm.modalities.vocabulary import Vocabulary, fit_subwords, fit_words
 
 
@@ -30,7 +31,8 @@ class Text(Tokenizer):
 
     def __init__(self, spec: ModalitySpec, dim: int):
         super().__init__(spec, dim)
-        self.embedding_VD = nn.Parameter(torch.randn(vocabulary_of(spec).size, dim) * 0.5)
+        self.vocabulary_size = vocabulary_of(spec).size
+        self.embedding_VD = nn.Parameter(torch.randn(self.vocabulary_size, dim) * 0.5)
 
     @classmethod
     def fit(cls, info: ModalityInfo, options: Mapping[str, Any], values: Iterable[Value]) -> dict[str, Any]:
@@ -53,6 +55,15 @@ class Text(Tokenizer):
         row_T, index_T = ranges(packed.lengths)
         values_TD = F.embedding(packed.fields["data"].long(), self.embedding_VD)
         return self.drop(Tokens(values_TD, row_T, sequence_positions(index_T), unknown_time(index_T)))
+
+    @property
+    def target_shape(self) -> TargetShape:
+        """The vocabulary."""
+        return TargetShape(classes=self.vocabulary_size)
+
+    def targets(self, packed: PackedModality) -> Targets:
+        """The ids."""
+        return class_targets(packed.fields["data"].long())
 
 
 def vocabulary_of(spec: ModalitySpec) -> Vocabulary:

@@ -13,6 +13,7 @@ from moemm.data.sample import PackedModality, Value
 from moemm.modalities.base import ModalitySpec, Tokenizer, Tokens, sequence_positions, unknown_time
 from moemm.modalities.registry import register_modality
 from moemm.modalities.signal import Frames, Patches, fit_statistics, frames_of, normalize_rows, patches_of, with_mask
+from moemm.modalities.targets import Targets, TargetShape, value_targets
 
 
 class SignalTokenizer(Tokenizer):
@@ -46,19 +47,30 @@ class SignalTokenizer(Tokenizer):
         """The rows as frames; audio with another front end overrides this."""
         return frames_of(packed)
 
+    def normalized(self, packed: PackedModality, *, kind: str) -> Frames:
+        """The frames with values normalised as `kind` (the option `normalize`) says."""
+        frames = self.frames(packed)
+        if kind == "sample":
+            return frames._replace(values_RF=normalize_rows(frames))
+        if kind == "train":
+            return frames._replace(values_RF=(frames.values_RF - self.mean_F) / self.deviation_F)
+        return frames
+
     def patches(self, packed: PackedModality) -> Patches:
         """Normalised patches, with noise while training."""
-        frames = self.frames(packed)
-        kind = self.spec.options["normalize"]
-        values_RF = frames.values_RF
-        if kind == "sample":
-            values_RF = normalize_rows(frames)
-        elif kind == "train":
-            values_RF = (values_RF - self.mean_F) / self.deviation_F
+        frames = self.normalized(packed, kind=self.spec.options["normalize"])
         noise = self.spec.options["noise"]
         if self.training and noise:
-            values_RF = values_RF + noise * torch.randn_like(values_RF)
-        return patches_of(frames._replace(values_RF=values_RF), self.patch)
+            frames = frames._replace(values_RF=frames.values_RF + noise * torch.randn_like(frames.values_RF))
+        return patches_of(frames, self.patch)
+
+    def clean_patches(self, packed: PackedModality) -> torch.Tensor:
+        """(T, p, F) for masked modelling, without noise, in units of about 1.
+
+        Not standardised patch by patch, as pictures are: the level of a band or an axis is what tells signals apart.
+        """
+        kind = self.spec.options["normalize"]
+        return patches_of(self.normalized(packed, kind="sample" if kind == "none" else kind), self.patch).values_TpF
 
     def times(self, index_T: torch.Tensor) -> torch.Tensor:
         """(T,) seconds of the middle of each patch, NaN where the rate is not known."""
@@ -80,6 +92,15 @@ class TimeSeries(SignalTokenizer):
         values_TD = self.project(with_mask(patches.values_TpF).to(self.project.weight.dtype))
         position_TP = sequence_positions(patches.index_T)
         return self.drop(Tokens(values_TD, patches.row_T, position_TP, self.times(patches.index_T)))
+
+    @property
+    def target_shape(self) -> TargetShape:
+        """The values of a patch."""
+        return TargetShape(values=self.patch * self.num_features)
+
+    def targets(self, packed: PackedModality) -> Targets:
+        """The normalised values of each patch."""
+        return value_targets(self.clean_patches(packed).flatten(1))
 
 
 def num_features(spec: ModalitySpec) -> int:

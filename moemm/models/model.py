@@ -19,6 +19,7 @@ from moemm.models.position import FourierPosition
 from moemm.models.stream import Stream, join
 from moemm.models.trunk import Trunk
 from moemm.models.untied import share_groups
+from moemm.models.views import Pretext, Sums
 from moemm.moe import ExpertMap, MoELayer, RouterStats, active_experts
 
 
@@ -28,6 +29,7 @@ class ModelOutput:
 
     earlier: the same after each block but the last, with `model.predict_every_block`.
     missing: sum over samples of the regression's loss, while a model that predicts absent modalities trains.
+    pretext: losses of the objectives without labels, while training with some.
     """
 
     outputs: dict[str, torch.Tensor]
@@ -35,6 +37,7 @@ class ModelOutput:
     num_tokens: int
     earlier: list[dict[str, torch.Tensor]] = field(default_factory=list)
     missing: torch.Tensor | None = None
+    pretext: Sums = field(default_factory=dict)
 
 
 class Model(nn.Module):
@@ -53,33 +56,52 @@ class Model(nn.Module):
         self.trunk = Trunk(config, self.map)
         self.heads = Heads(tasks, config.dim, config.heads, dropout=config.dropout)
         self.missing = build_missing(config, list(specs), tasks)  # last: the other weights are the same with each kind
+        self.pretext: Pretext | None = None
+        """Set after building, so that the other weights are those of a model without it."""
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
         """Outputs of every task for the samples of a batch. Modalities must be those of the model, in its order."""
         assert list(batch.modalities) == list(self.tokenizers), "the batch was packed for another catalogue"
+        if self.pretext is not None and self.training:
+            return self._with_pretext(self.pretext, batch)
         stream = self.tokenize(batch)
         states, stats = self.trunk(stream)
         *earlier, last = [self.heads(x_TD, stream.sample_T, batch.task) for x_TD in states]
         return ModelOutput(last, stats, stream.values_TD.shape[0], earlier, stream.missing)
+
+    def _with_pretext(self, pretext: Pretext, batch: PackedBatch) -> ModelOutput:
+        """The same on several views of the batch, for objectives without labels; the heads read the first."""
+        tokens = [self.tokenizers[name](packed) for name, packed in batch.modalities.items()]
+        views = pretext.views(tokens, join(tokens, batch), batch, self.tokenizers)  # type: ignore[arg-type]
+        name, first = next(iter(views.parts.items()))
+        states, stats = self.trunk(self.place(views.stream))
+        *earlier, last = [self.heads(views.split(x_TD)[name], first.sample_T, batch.task) for x_TD in states]
+        return ModelOutput(last, stats, views.stream.values_TD.shape[0], earlier, pretext(states[-1], views))
 
     def tokenize(self, batch: PackedBatch) -> Stream:
         """The packed stream: tokens + modality embedding + position and time; with `model.latents`, what stands for
         them.
         """  # fmt: skip
         parts = [self.tokenizers[name](packed) for name, packed in batch.modalities.items()]
-        stream = join(parts, batch)
-        names = list(self.tokenizers)
-        embedding_MD = torch.stack([self.modality_D[name] for name in names])  # a ParameterDict sorts its keys
-        place_TD = self.position(stream.position_TP, stream.time_T)
-        stream.values_TD = stream.values_TD + embedding_MD[stream.modality_T] + place_TD
+        stream = self.place(join(parts, batch))
         if self.latents is not None:
             rows = [packed.sample for packed in batch.modalities.values()]
             stream = self.latents(stream, rows, self.trunk.backend(stream.values_TD))
         if self.missing is not None:
             absent = self.missing.absent(batch)
             values_AD, stream.missing = self.missing(absent, parts, batch)
-            stream = stream.extended(absent, values_AD + embedding_MD[absent.modality_A])
+            stream = stream.extended(absent, values_AD + self._embedding()[absent.modality_A])
         return stream
+
+    def place(self, stream: Stream) -> Stream:
+        """Add modality embedding, position and time to the tokens of a stream, in place."""
+        place_TD = self.position(stream.position_TP, stream.time_T)
+        stream.values_TD = stream.values_TD + self._embedding()[stream.modality_T] + place_TD
+        return stream
+
+    def _embedding(self) -> torch.Tensor:
+        """(M, D); by name, because a ParameterDict sorts its keys."""
+        return torch.stack([self.modality_D[name] for name in self.tokenizers])
 
     def num_parameters(self) -> tuple[int, int]:
         """(all parameters, those that one token and its task's head pass through at most).
@@ -96,6 +118,7 @@ class Model(nn.Module):
         count = self._sizes()
         group = self.groups[self.map.modalities.index(modality)]
         own = [("tokenizers.", modality), ("modality_D.", modality), ("heads.linear.", None), ("members.", group)]
+        own += [("pretext.", "")]  # for training only: no token of a prediction meets it
         own += [(f"latents.{part}.", group) for part in ("start", "norm", "attention")]
         own += [("missing.", "")]  # what stands in for a modality is met by no token of a signal
         met = sum(number for name, number in count.items() if not any(_after(name, prefix) for prefix, _ in own))

@@ -31,6 +31,7 @@ class ConsoleWriter:
         )
         self._bar = self._progress.add_task("", total=info.total_steps, completed=info.start_step, note="")
         self._losses: dict[str, float] = {}
+        self._objectives: dict[str, float] = {}
         self._accuracy: dict[str, float] = {}
         self._scores: dict[str, Mapping[str, Any]] = {}
 
@@ -51,10 +52,11 @@ class ConsoleWriter:
     def metrics(self, metrics: Metrics) -> None:
         """One report."""
         self._losses |= metrics.losses
+        self._objectives |= metrics.objectives
         self._accuracy |= metrics.accuracy
         speed = f"{metrics.tokens_per_second:,.0f} tokens/s  {duration(metrics.seconds_left)} left"
         if self._live is None:
-            tasks = "  ".join(f"{task} {value:.3f}" for task, value in metrics.losses.items())
+            tasks = "  ".join(f"{name} {value:.3f}" for name, value in {**metrics.objectives, **metrics.losses}.items())
             place = f"step {metrics.step}/{metrics.total_steps}"
             self._console.print(f"{place}  loss {metrics.loss:.4f}  {tasks}  {speed}", markup=False)
             return
@@ -94,4 +96,6 @@ class ConsoleWriter:
         for task in self._info.tasks:
             score = self._scores.get(task, {}).get("value")
             table.add_row(Text(task), number(self._losses.get(task)), number(self._accuracy.get(task)), number(score))
+        for name, value in self._objectives.items():
+            table.add_row(Text(f"({name})"), number(value), "", "")
         return Group(self._progress, table)

@@ -12,9 +12,10 @@ import numpy as np
 class Metrics:
     """Means over the steps since the last report, over all ranks.
 
-    loss: the objective, router losses included, and that of the regression of absent modalities (missing_loss, 0
-    without one). losses, accuracy: task -> mean over its samples (accuracy: of
-    classification only). Tasks without a sample in the window are missing. load_LME: (L, M, E) share of each
+    loss: the objective, all losses included. losses, accuracy: task -> mean over its samples (accuracy: of
+    classification only). objectives: name -> mean over the samples that it concerns, of those without labels.
+    missing_loss: of the regression of absent modalities, 0 without one. Tasks and objectives without a sample in the
+    window are missing. load_LME: (L, M, E) share of each
     modality's choices per expert, 0 where it has no tokens; None without routed experts.
     """
 
@@ -31,6 +32,7 @@ class Metrics:
     seconds_left: float
     missing_loss: float = 0.0
     load_LME: np.ndarray | None = None
+    objectives: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the expert load, as JSON types."""

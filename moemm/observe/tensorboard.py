@@ -31,6 +31,7 @@ class TensorBoard:
             "train/lr": metrics.lr,
             "speed/tokens_per_second": metrics.tokens_per_second,
             **{f"loss/{task}": value for task, value in metrics.losses.items()},
+            **{f"objective/{name}": value for name, value in metrics.objectives.items()},
             **{f"accuracy/{task}": value for task, value in metrics.accuracy.items()},
             **self._loads(metrics),
         }

@@ -58,7 +58,7 @@ def _train(
     callbacks: list[Callback] = [
         ConsoleCallback(), JsonLinesCallback(), TensorBoardCallback(), *extra, CheckpointingCallback(every=every)
     ]  # fmt: skip
-    trainer = Trainer(setup, world, callbacks, stop)
+    trainer = Trainer(setup, world, callbacks, stop, resuming=going_on)
     try:
         if going_on:
             _restore(trainer)

@@ -48,7 +48,9 @@ def infinite_inputs(batch: PackedBatch, tasks: tuple[str, ...]) -> list[str]:
 
 
 def _line(name: str, tasks: tuple[str, ...], output: ModelOutput, batch: PackedBatch) -> str:
-    return "the router's loss" if name == "router" else f"task {name}, {_ids(_suspects(name, tasks, output, batch))}"
+    if name not in tasks:
+        return "the router's loss" if name == "router" else f"the {name}"
+    return f"task {name}, {_ids(_suspects(name, tasks, output, batch))}"
 
 
 def _suspects(name: str, tasks: tuple[str, ...], output: ModelOutput, batch: PackedBatch) -> list[int]:

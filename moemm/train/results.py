@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moemm.checkpoint.files import write_text_atomic
 from moemm.checkpoint.manifest import versions
 from moemm.config import config_hash
 from moemm.data.catalogue import Catalogue, TaskInfo
 from moemm.data.dataset import SplitDataset
+from moemm.data.labels import labelled_items
 from moemm.errors import MoemmError
 from moemm.evaluate import baseline
 from moemm.train.setup import SUMMARY, Setup
@@ -68,13 +71,14 @@ def cached_baseline(setup: Setup, task: TaskInfo) -> dict[str, Any] | None:
     """
     if task.sizes["train"] > BASELINE_LIMIT:
         return None
-    path = setup.folder.parent / _BASELINES / f"{task.name}-{_key(setup.catalogue, task)}.json"
+    chosen = _labelled(setup, task)
+    path = setup.folder.parent / _BASELINES / f"{task.name}-{_key(setup.catalogue, task, chosen)}.json"
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return known
     except (OSError, ValueError):
         pass
-    found = _fit(setup.catalogue, task)
+    found = _fit(setup.catalogue, task, chosen)
     if found is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,19 +88,30 @@ def cached_baseline(setup: Setup, task: TaskInfo) -> dict[str, Any] | None:
     return found
 
 
-def _fit(catalogue: Catalogue, task: TaskInfo) -> dict[str, Any] | None:
+def _fit(catalogue: Catalogue, task: TaskInfo, chosen: np.ndarray | None) -> dict[str, Any] | None:
     splits = {}
     for split in ("train", "val", "test"):
         dataset = SplitDataset(catalogue, task=task.name, split=split)
-        splits[split] = [dataset[item] for item in range(len(dataset))]
+        items = range(len(dataset)) if split != "train" or chosen is None else chosen.tolist()
+        splits[split] = [dataset[item] for item in items]
     try:
         return baseline(task, catalogue.modalities, splits)
     except (ImportError, ValueError, MoemmError):
         return None  # scikit-learn is not installed, or cannot learn from such data (one class, say)
 
 
-def _key(catalogue: Catalogue, task: TaskInfo) -> str:
+def _labelled(setup: Setup, task: TaskInfo) -> np.ndarray | None:
+    """The training items whose labels the run may use, if not all: the baseline gets the same."""
+    share = setup.config.data.label_share
+    if share >= 1.0:
+        return None
+    found = labelled_items(setup.catalogue, share=share, seed=setup.config.train.seed)
+    return found[setup.catalogue.tasks.index(task)]
+
+
+def _key(catalogue: Catalogue, task: TaskInfo, chosen: np.ndarray | None) -> str:
     status = Path(task.file).stat()
     infos = [repr(info) for info in catalogue.modalities if info.name in task.modalities]
     text = repr((status.st_size, status.st_mtime_ns, task.label, task.metric, task.sizes, infos))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    labelled = b"" if chosen is None else chosen.tobytes()
+    return hashlib.sha256(text.encode() + labelled).hexdigest()[:16]

@@ -1,8 +1,10 @@
-"""The learning rate as a pure function of the step: resuming needs no scheduler state."""
+"""Learning rate and weights of objectives as pure functions of the step: resuming needs no scheduler state."""
 
 from __future__ import annotations
 
 import math
+
+from moemm.config.schema import ObjectiveConfig
 
 
 def learning_rate(step: int, *, total: int, peak: float, warmup: float, floor: float) -> float:
@@ -15,3 +17,11 @@ def learning_rate(step: int, *, total: int, peak: float, warmup: float, floor: f
         return peak * (step + 1) / rising
     progress = min(1.0, (step - rising) / max(1, total - 1 - rising))
     return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def objective_weight(step: int, *, total: int, config: ObjectiveConfig) -> float:
+    """Factor on an objective at a 0-based step of `total`: linear from `start` to `weight`, then constant."""
+    if config.start is None:
+        return config.weight
+    progress = min(1.0, step / max(1.0, config.over * (total - 1)))
+    return config.start + (config.weight - config.start) * progress

@@ -16,11 +16,14 @@ from moemm.config import Config, LoadedConfig, save_config
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue, TaskInfo
 from moemm.data.dataset import SplitDataset
+from moemm.data.loader import drawn_sizes
 from moemm.data.sample import Value
 from moemm.distributed import broadcast_object, on_main
 from moemm.errors import CheckpointError, ConfigError
 from moemm.modalities import ModalitySpec, fit_modalities, specs_from_dict, specs_to_dict
 from moemm.models import Model, build_model
+from moemm.objectives import build_pretext
+from moemm.train.init import reuse_specs
 
 CONFIG, MODALITIES, CATALOGUE, SUMMARY = "config.yaml", "modalities.json", "catalogue.json", "summary.json"
 CHECKPOINTS = "checkpoints"
@@ -66,7 +69,7 @@ def total_steps(config: Config, catalogue: Catalogue) -> int:
     """`train.steps`, or the steps that `train.epochs` passes over the mixture take."""
     if config.train.steps is not None:
         return config.train.steps
-    samples = sum(task.sizes["train"] for task in catalogue.tasks)
+    samples = sum(drawn_sizes(config, catalogue))
     return max(1, math.ceil((config.train.epochs or 1.0) * samples / config.train.batch_size))
 
 
@@ -74,6 +77,10 @@ def seeded_model(setup: Setup, device: torch.device) -> Model:
     """A model on `device` whose weights depend on `train.seed` alone: equal on all ranks."""
     torch.manual_seed(setup.config.train.seed)
     model = build_model(setup.config.model, specs=setup.specs, tasks=setup.catalogue.tasks)
+    tokenizers: dict[str, Any] = dict(model.tokenizers.items())
+    model.pretext = build_pretext(
+        setup.config.objectives, tokenizers, model.tasks, setup.config.model.dim, seed=setup.config.train.seed
+    )
     return model.to(device)
 
 
@@ -103,6 +110,8 @@ def learn_modalities(loaded: LoadedConfig) -> tuple[Catalogue, dict[str, Modalit
 def _fit(config: Config, catalogue: Catalogue) -> dict[str, ModalitySpec]:
     # Every rank learns them from the data rather than wait for rank 0: that may outlast a collective's timeout.
     specs = fit_modalities(catalogue.modalities, config.modalities, lambda name: train_values(catalogue, name))
+    if config.train.init is not None:
+        specs = reuse_specs(specs, config)
     return specs_from_dict(json.loads(json.dumps(specs_to_dict(specs))))  # as a resume will read them
 
 

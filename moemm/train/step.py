@@ -5,19 +5,21 @@ Every sample of a step counts the same (times its task's weight), on whichever r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from moemm.config import Config
-from moemm.data.catalogue import TaskInfo
+from moemm.config.check_objectives import label_free
+from moemm.data.catalogue import Catalogue, TaskInfo
 from moemm.data.sample import PackedBatch
 from moemm.distributed import World, sum_over_ranks
-from moemm.models import ModelOutput
+from moemm.models import ModelOutput, Sums
 from moemm.moe import router_loss
 from moemm.objectives import supervised_losses
+from moemm.train.labels import Labels, Rows
+from moemm.train.schedule import objective_weight
 
 
 @dataclass(slots=True)
@@ -27,47 +29,70 @@ class MicroLoss:
     backward: what the engine gets; averaged over ranks and micro-batches its gradient is that of the objective.
     sums_T: per task the sum over the samples, without the task's weight. router: of the micro-batch of all ranks.
     missing: of the regression of absent modalities, sum over the samples, times its weight.
+    pretext: per objective without labels (sum over the samples, number of them), without the objective's weight.
+    outputs, targets: of the tasks, the rows that count.
     """
 
     backward: torch.Tensor
     sums_T: torch.Tensor
     router: torch.Tensor
     missing: torch.Tensor
+    pretext: Sums
+    outputs: Rows
+    targets: Rows
 
     def broken(self, names: tuple[str, ...]) -> list[str]:
-        """Names of the tasks whose loss is not finite, and `router` and `missing` if those are not."""
-        finite = torch.isfinite(torch.cat([self.sums_T, torch.stack([self.router, self.missing])])).tolist()
-        return [name for name, fine in zip((*names, "router", "missing"), finite, strict=True) if not fine]
+        """Names of the tasks whose loss is not finite, `objective NAME` of those without labels, `router`, `missing`."""
+        names = (*names, *(f"objective {name}" for name in self.pretext), "router", "missing")
+        pretext = [loss.detach().reshape(1) for loss, _ in self.pretext.values()]
+        finite = torch.isfinite(torch.cat([self.sums_T, *pretext, torch.stack([self.router, self.missing])])).tolist()
+        return [name for name, fine in zip(names, finite, strict=True) if not fine]
 
 
 class Objective:
-    """Supervised losses + router losses, scaled for the engine.
+    """Supervised losses + objectives without labels + router losses, scaled for the engine.
 
+    total_steps: that the schedules of the objectives' weights go over.
     allowed_LME: which modality may use which routed expert; None for a model without a router.
     """
 
     def __init__(
-        self, tasks: tuple[TaskInfo, ...], config: Config, world: World, allowed_LME: torch.Tensor | None
+        self, catalogue: Catalogue, config: Config, world: World, *, total_steps: int, allowed_LME: torch.Tensor | None
     ) -> None:
-        self.tasks, self._world, self._allowed_LME = tasks, world, allowed_LME
+        self.tasks, self._world, self._allowed_LME = catalogue.tasks, world, allowed_LME
+        self._config, self._total_steps = config.objectives, total_steps
+        self._labels = Labels(catalogue, config, world.device)
         self._router_losses, self._smoothing = config.model.router.losses, config.train.label_smoothing
         self._missing_weight = config.model.missing.weight or 1.0
         # The engine divides by ranks x micro-batches; the samples of the step are batch_size.
         self._scale = world.size * config.train.accumulation / config.train.batch_size
-        self._weights_T = torch.tensor([task.weight for task in tasks], device=world.device)
+        self._weights_T = torch.tensor([task.weight for task in self.tasks], device=world.device)
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Take the objectives' weights of this 0-based step."""
+        self._weights = {
+            name: objective_weight(step, total=self._total_steps, config=one)
+            for name, one in vars(self._config).items()
+        }
 
     def __call__(self, output: ModelOutput, batch: PackedBatch) -> MicroLoss:
         """Losses of one micro-batch; every rank calls it together (the router's statistics are summed over ranks)."""
-        every = [self._sums(outputs, batch) for outputs in (output.outputs, *output.earlier)]
+        picked = [self._labels.pick(outputs, batch) for outputs in (output.outputs, *output.earlier)]
+        every = [self._sums(*one) for one in picked]
         sums_T, mean_T = every[0], torch.stack(every).mean(0) if output.earlier else every[0]
+        total = self._weights["supervised"] * (self._weights_T * mean_T).sum()
+        for name, (loss, _) in output.pretext.items():
+            total = total + self._weights[name] * loss
         router = self._router(output) if output.router is not None else sums_T.new_zeros(())
         missing = sums_T.new_zeros(()) if output.missing is None else self._missing_weight * output.missing
-        backward = self._scale * ((self._weights_T * mean_T).sum() + missing) + router
-        return MicroLoss(backward, sums_T.detach(), router.detach(), missing.detach())
+        backward = self._scale * (total + missing) + router
+        pretext = output.pretext
+        return MicroLoss(backward, sums_T.detach(), router.detach(), missing.detach(), pretext, *picked[0])
 
-    def _sums(self, outputs: Mapping[str, torch.Tensor], batch: PackedBatch) -> torch.Tensor:
+    def _sums(self, outputs: Rows, targets: Rows) -> torch.Tensor:
         """(T,) sums over the samples of each task."""
-        losses = supervised_losses(outputs, batch.targets, self.tasks, label_smoothing=self._smoothing)
+        losses = supervised_losses(outputs, targets, self.tasks, label_smoothing=self._smoothing)
         return torch.stack([losses[task.name] for task in self.tasks])
 
     def _router(self, output: ModelOutput) -> torch.Tensor:
@@ -88,6 +113,7 @@ class WindowMeans:
     loss: float
     router_loss: float
     missing_loss: float
+    objectives: dict[str, float]
     losses: dict[str, float]
     accuracy: dict[str, float]
     tokens: int
@@ -98,30 +124,36 @@ class Window:
     """Counts since the last report, on this rank; no synchronisation until `take`."""
 
     def __init__(self, tasks: tuple[TaskInfo, ...], config: Config, world: World, *, num_modalities: int) -> None:
-        self._tasks, self._batch_size, self._world = tasks, config.train.batch_size, world
+        self._tasks, self._world = tasks, world
         self._num_modalities = num_modalities
-        self._accumulation = config.train.accumulation
-        self._weights = [task.weight for task in tasks]
+        self._samples = config.train.batch_size / config.train.accumulation  # of a micro-batch, over all ranks
+        self._objectives = label_free(config.objectives)
         self._clear()
 
     def _clear(self) -> None:
         # Columns: sum of losses, samples, samples that were right.
         self._counts_TC = torch.zeros(len(self._tasks), 3, dtype=torch.float64, device=self._world.device)
-        self._rest = torch.zeros(3, dtype=torch.float64, device=self._world.device)  # router, missing, tokens
+        # Columns: sum of losses, samples that they concern.
+        self._pretext_OC = torch.zeros(len(self._objectives), 2, dtype=torch.float64, device=self._world.device)
+        # Router loss, tokens, the whole objective, the regression of absent modalities.
+        self._rest = torch.zeros(4, dtype=torch.float64, device=self._world.device)
         self._load_LME: torch.Tensor | None = None
         self._micros = 0
 
-    def add(self, loss: MicroLoss, output: ModelOutput, targets: Mapping[str, torch.Tensor]) -> None:
+    def add(self, loss: MicroLoss, output: ModelOutput) -> None:
         """Count one micro-batch."""
         self._micros += 1
         self._counts_TC[:, 0] += loss.sums_T
         self._rest[0] += loss.router
-        self._rest[1] += loss.missing
-        self._rest[2] += output.num_tokens
+        self._rest[1] += output.num_tokens
+        self._rest[2] += loss.backward.detach()
+        self._rest[3] += loss.missing
         for row, task in zip(self._counts_TC, self._tasks, strict=True):
-            row[1] += len(targets[task.name])
+            row[1] += len(loss.targets[task.name])
             if task.target == "classification":
-                row[2] += (output.outputs[task.name].argmax(-1) == targets[task.name]).sum()
+                row[2] += (loss.outputs[task.name].argmax(-1) == loss.targets[task.name]).sum()
+        for row, name in zip(self._pretext_OC, self._objectives, strict=True):
+            row += torch.stack(loss.pretext[name]).detach()
         if output.router is not None:
             load_LME = output.router.load_LME.detach().unflatten(1, (self._num_modalities, -1)).sum(2)
             self._load_LME = load_LME if self._load_LME is None else self._load_LME + load_LME
@@ -129,17 +161,16 @@ class Window:
     def take(self) -> WindowMeans:
         """The means, over all ranks (all call it together); then begin anew."""
         counts = sum_over_ranks(self._counts_TC).tolist()
-        router, missing, tokens = sum_over_ranks(self._rest).tolist()
+        pretext = sum_over_ranks(self._pretext_OC).tolist()
+        router, tokens, objective, missing = sum_over_ranks(self._rest).tolist()
         load_LME = None if self._load_LME is None else _shares(sum_over_ranks(self._load_LME))
-        steps = self._micros / self._accumulation
-        router /= self._micros * self._world.size
-        missing /= steps * self._batch_size
-        objective = sum(weight * row[0] for weight, row in zip(self._weights, counts, strict=True))
+        micros = self._micros * self._world.size
         named = [(task, row) for task, row in zip(self._tasks, counts, strict=True) if row[1]]
         means = WindowMeans(
-            loss=objective / (steps * self._batch_size) + router + missing,
-            router_loss=router,
-            missing_loss=missing,
+            loss=objective / micros,
+            router_loss=router / micros,
+            missing_loss=missing / (self._micros * self._samples),
+            objectives={name: row[0] / row[1] for name, row in zip(self._objectives, pretext, strict=True) if row[1]},
             losses={task.name: row[0] / row[1] for task, row in named},
             accuracy={task.name: row[2] / row[1] for task, row in named if task.target == "classification"},
             tokens=int(tokens),

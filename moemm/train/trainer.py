@@ -26,6 +26,7 @@ from moemm.train.callbacks import Callback
 from moemm.train.engine import Engine
 from moemm.train.guard import GradientGuard
 from moemm.train.health import refuse_gradient, refuse_loss
+from moemm.train.init import initialise
 from moemm.train.schedule import learning_rate
 from moemm.train.setup import Setup, seeded_model
 from moemm.train.signals import StopRequest
@@ -41,7 +42,9 @@ class Trainer:
     follow from it.
     """
 
-    def __init__(self, setup: Setup, world: World, callbacks: list[Callback], stop: StopRequest) -> None:
+    def __init__(
+        self, setup: Setup, world: World, callbacks: list[Callback], stop: StopRequest, *, resuming: bool = False
+    ) -> None:
         self.setup, self.config, self.world = setup, setup.config, world
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped_by = 0
@@ -50,6 +53,8 @@ class Trainer:
         self._callbacks = [callback for callback in callbacks if world.is_main or callback.every_rank]
         seed_everything(self.config.train.seed, deterministic=self.config.train.deterministic)
         model = seeded_model(setup, world.device)
+        if not resuming and self.config.train.init is not None:
+            self.tell(initialise(model, self.config.train.init))
         self.tasks = tuple(task.name for task in setup.catalogue.tasks)
         self.num_parameters = model.num_parameters()
         self._expert_map = model.map if self.config.model.moe == "sparse" else None
@@ -58,7 +63,10 @@ class Trainer:
         self.engine = Engine(model, self.config, world)
         self._balance = RouterBalance(model.trunk)
         allowed_LME = model.trunk.allowed()
-        self._objective = Objective(setup.catalogue.tasks, self.config, world, allowed_LME)
+        self._pretext = model.pretext
+        self._objective = Objective(
+            setup.catalogue, self.config, world, total_steps=setup.total_steps, allowed_LME=allowed_LME
+        )
         num_modalities = len(setup.catalogue.modalities)
         self._window = Window(setup.catalogue.tasks, self.config, world, num_modalities=num_modalities)
         self._prepare = prepare_functions(setup.specs)
@@ -148,6 +156,9 @@ class Trainer:
 
     def _one_step(self, batches: Any) -> None:
         lr = self._learning_rate()
+        self._objective.begin(self.step)
+        if self._pretext is not None:
+            self._pretext.step = self.step
         for _ in range(self.config.train.accumulation):
             batch = next(batches).to(self.world.device)
             output = self.engine(batch)
@@ -157,7 +168,7 @@ class Trainer:
             if alarm:
                 refuse_loss(self.step, broken, self.tasks, output, batch)
             self.engine.backward(loss.backward)
-            self._window.add(loss, output, batch.targets)
+            self._window.add(loss, output)
             self.engine.step(lr=lr)
             self._balance.add(output.router)
         self._balance.step()
@@ -195,6 +206,7 @@ class Trainer:
             loss=means.loss,
             router_loss=means.router_loss,
             missing_loss=means.missing_loss,
+            objectives=means.objectives,
             losses=means.losses,
             accuracy=means.accuracy,
             lr=self._learning_rate(),

@@ -47,6 +47,8 @@ class Recorder(Callback):
     def on_metrics(self, metrics: Metrics) -> None:
         extra = [metrics.missing_loss] if metrics.missing_loss else []
         self.losses.append([metrics.loss, metrics.router_loss, *metrics.losses.values(), *extra])
+        if metrics.objectives:  # a batch may have no pair of modalities to align
+            self.losses[-1] += [metrics.objectives.get(name, 0.0) for name in list(PRETEXT)[1:]]
 
     def on_message(self, text: str) -> None:
         self.messages.append(text)
@@ -132,6 +134,39 @@ def absent(folder: str, stages: list[int], kinds: list[str]) -> dict[str, Any]:
                 deal(patch, Lacking)
                 trainer.run()
             found[f"{kind} {stage}"] = recorder.losses
+            done(trainer)
+    return found
+
+
+PRETEXT = {
+    "supervised": {"weight": 0.5, "start": 1.0},
+    "masked": {"weight": 1.0, "cross_modal": 0.4},
+    "contrastive": {"weight": 0.5},
+    "similarity": {"weight": 0.3},
+    "replaced": {"weight": 0.7, "ratio": 0.3},
+}
+
+
+def pretext(folder: str, stages: list[int]) -> dict[str, Any]:
+    """Losses of six steps with every objective: as the sampler mixes, apart, in half the labels, without labels."""
+    world = connect(timeout_s=60)
+    cases: dict[str, dict[str, Any]] = {
+        "mixed": {"objectives": PRETEXT},
+        "siglip": {"objectives": {**PRETEXT, "contrastive": {"weight": 0.1, "loss": "siglip"}}},
+        "apart": {"objectives": PRETEXT},
+        "unlabelled": {"objectives": {**PRETEXT, "supervised": {"weight": 0.0}}},
+    }
+    found: dict[str, Any] = {}
+    for stage in stages:
+        for case, sections in cases.items():
+            trainer, recorder = build(
+                Path(folder), world, name=f"pretext_{case}_{stage}_{world.size}", stage=stage, **sections
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                if case == "apart":
+                    deal(patch, Apart)
+                trainer.run()
+            found[f"{case} {stage}"] = recorder.losses
             done(trainer)
     return found
 

@@ -73,6 +73,26 @@ def test_a_rank_whose_samples_lack_a_modality_trains_as_one_would(
 
 
 @pytest.fixture(scope="module")
+def pretexts(folder: Path) -> dict[str, np.ndarray]:
+    alone = job("pretext", ranks=1, folder=str(folder), stages=[0])[0]
+    both = job("pretext", folder=str(folder), stages=STAGES)
+    assert both[0] == both[1], "ranks report different losses"
+    found = {f"two {name}": np.array(value) for name, value in both[0].items()}
+    return found | {f"one {name}": np.array(value) for name, value in alone.items()}
+
+
+@pytest.mark.parametrize(("case", "stage"), [*product(("mixed", "siglip", "apart", "unlabelled"), STAGES)])
+def test_objectives_without_labels_are_those_of_the_global_batch(
+    pretexts: dict[str, np.ndarray], case: str, stage: int
+) -> None:
+    one, two = pretexts[f"one {case} 0"], pretexts[f"two {case} {stage}"]
+    # loss, router; 2 tasks where labels are used; 4 objectives
+    assert one.shape == two.shape == (6, 6 if case == "unlabelled" else 8)
+    assert (np.abs(np.diff(one[:, -4:], axis=0)).max(0) > 1e-3).all(), "the losses must move for this to mean anything"
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
 def trapped(folder: Path) -> list[Any]:
     calls = [
         ("traps", {"stages": STAGES}),

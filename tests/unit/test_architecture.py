@@ -26,7 +26,7 @@ ALLOWED = {
     "harmonize": "config ops",
     "modalities": "config ops data",
     "models": "config ops data moe modalities harmonize",
-    "objectives": "config ops data moe modalities harmonize models",
+    "objectives": "config ops data moe modalities harmonize models distributed",
     "growth": "config ops data moe modalities harmonize models objectives checkpoint",
     "evaluate": "config ops data moe modalities models objectives",
     "observe": "config ops data moe modalities models objectives evaluate distributed checkpoint",

@@ -1,0 +1,115 @@
+"""Contrastive alignment: the modalities of a sample, each encoded alone, find each other among all ranks' samples.
+
+They are encoded alone because attention inside a sample would show each modality the other: nothing would be left to
+find. B samples of this rank, N of all ranks, M modalities, D width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moemm.config.schema import ContrastiveConfig
+from moemm.distributed import gather_rows, num_ranks
+from moemm.modalities import TargetShape
+from moemm.objectives.content import mean_tokens
+from moemm.objectives.registry import Objective, Scene, register_objective
+
+MAX_SCALE = 100.0
+
+
+class PairLoss(nn.Module):
+    """(n, n) cosines -> (n,) loss of each sample, the mean of both directions; temperature and bias are learned."""
+
+    def __init__(self, config: ContrastiveConfig):
+        super().__init__()
+        self.kind = config.loss
+        self.scale = nn.Parameter(torch.tensor([-math.log(config.temperature)]))
+        # Few positives among many negatives: without this bias the first steps would only learn to say no.
+        self.bias = nn.Parameter(torch.tensor([-10.0])) if self.kind == "siglip" else None
+
+    def forward(self, cosines: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """One (n,) for each (n, n) of a pair of modalities; and 0 with a gradient to the parameters, in any case."""
+        scale = self.scale.float().exp().clamp_max(MAX_SCALE)
+        if self.bias is None:
+            return [_infonce(scale * cosine_nn) for cosine_nn in cosines], 0.0 * scale.sum()
+        losses = [_siglip(scale * cosine_nn + self.bias.float()) for cosine_nn in cosines]
+        return losses, 0.0 * (scale + self.bias.float()).sum()
+
+
+@register_objective("contrastive")
+class Contrastive(Objective):
+    """InfoNCE or SigLIP between the pairs of modalities of a sample; a sample's loss is the mean over its pairs."""
+
+    views: ClassVar[tuple[str, ...]] = ("alone",)
+
+    def __init__(self, config: ContrastiveConfig, shapes: Mapping[str, TargetShape | None], dim: int):
+        super().__init__(config, shapes, dim)
+        names = list(shapes)
+        self.project = nn.ModuleDict({name: nn.Linear(dim, dim) for name in names})
+        self.pairs = pairs_of(config, names)
+        self.pair_loss = PairLoss(config)
+
+    def forward(self, scene: Scene) -> tuple[torch.Tensor, ...]:
+        """Every rank computes the loss of all samples, and takes an even share of it; the gradient is that of its own.
+
+        The share's gradient is scaled back up, so that the sum over ranks is the gradient of the global loss.
+        """
+        content, stream = scene.content, scene.views.parts["alone"]
+        num_samples, num_modalities = content.present_BM.shape
+        mean_CD = mean_tokens(scene.x["alone"], stream.sample_T, num_samples * num_modalities)
+        mean_BMD = mean_CD.view(num_samples, num_modalities, -1)
+        parts = [
+            F.normalize(layer(mean_BMD[:, number].to(scene.x["alone"].dtype)).float(), dim=-1)
+            for number, layer in enumerate(self.project.values())
+        ]
+        own_BMD = torch.stack(parts, dim=1)
+        everyone_NMD, first = gather_rows(own_BMD)
+        present_NM, _ = gather_rows(content.present_BM.to(torch.uint8))
+        ranks = num_ranks()
+        share_BMD = own_BMD.detach() + ranks * (own_BMD - own_BMD.detach())
+        place_B = torch.arange(first, first + num_samples, device=own_BMD.device)
+        loss, count = self._over_pairs(everyone_NMD.index_copy(0, place_B, share_BMD), present_NM.bool())
+        return loss / ranks + 0.0 * own_BMD.sum(), count / ranks
+
+    def _over_pairs(self, z_NMD: torch.Tensor, present_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum over samples of the mean over their pairs; the number of samples that have a pair to be told apart."""
+        rows, cosines = [], []
+        together_MM = (present_NM.float().T @ present_NM.float()).tolist()
+        for a, b in self.pairs:
+            if together_MM[a][b] > 1:  # alone, a sample has nothing to be told apart from; all ranks see the same here
+                row_n = (present_NM[:, a] & present_NM[:, b]).nonzero().flatten()
+                rows.append(row_n)
+                cosines.append(z_NMD[row_n, a] @ z_NMD[row_n, b].T)
+        losses, reach = self.pair_loss(cosines)
+        loss_N, pairs_N = z_NMD.new_zeros(z_NMD.shape[0]), z_NMD.new_zeros(z_NMD.shape[0])
+        for row_n, loss_n in zip(rows, losses, strict=True):
+            loss_N = loss_N.index_add(0, row_n, loss_n)
+            pairs_N = pairs_N.index_add(0, row_n, torch.ones_like(loss_n.detach()))
+        return (loss_N / pairs_N.clamp_min(1.0)).sum() + reach, (pairs_N > 0).sum().float()
+
+
+def pairs_of(config: ContrastiveConfig, names: list[str]) -> list[tuple[int, int]]:
+    """Numbers of the modalities of each pair: those of the config, or all."""
+    if config.pairs is None:
+        return list(itertools.combinations(range(len(names)), 2))
+    return [(names.index(a), names.index(b)) for a, b in config.pairs]
+
+
+def _infonce(logit_nn: torch.Tensor) -> torch.Tensor:
+    """-log softmax of the own partner, over rows and over columns."""
+    own_n = logit_nn.diagonal()
+    return 0.5 * (logit_nn.logsumexp(1) + logit_nn.logsumexp(0)) - own_n
+
+
+def _siglip(logit_nn: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid of every pair, positive on the diagonal; each sample takes half of its row and of its column."""
+    sign_nn = 2.0 * torch.eye(logit_nn.shape[0], device=logit_nn.device) - 1.0
+    loss_nn = -F.logsigmoid(sign_nn * logit_nn)
+    return 0.5 * (loss_nn.sum(1) + loss_nn.sum(0))

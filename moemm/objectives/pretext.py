@@ -1,0 +1,133 @@
+"""All objectives without labels that a configuration wants, on as few views of a batch as they need.
+
+| view | what it is | read by |
+| --- | --- | --- |
+| clean | the samples as they are | the tasks' heads, similarity |
+| masked | some tokens hidden | masked, similarity |
+| replaced | some tokens exchanged | replaced |
+| alone | each modality of a sample as a sample of its own; only samples of several modalities | contrastive |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from moemm.config.check_objectives import is_on, label_free
+from moemm.config.schema import ObjectivesConfig
+from moemm.data.catalogue import TaskInfo
+from moemm.data.sample import PackedBatch
+from moemm.errors import ConfigError
+from moemm.modalities import TargetShape, Tokenizer, Tokens
+from moemm.models import Pretext, Sums, Views
+from moemm.models.stream import Stream
+from moemm.models.views import select
+from moemm.objectives.content import Content
+from moemm.objectives.contrastive import pairs_of
+from moemm.objectives.masking import Mask, wanted
+from moemm.objectives.registry import OBJECTIVES, Scene
+from moemm.objectives.replaced import exchange
+
+Shapes = Mapping[str, TargetShape | None]
+ORDER = ("clean", "masked", "replaced", "alone")
+"""Of the views; the heads read the first, so `alone`, whose samples are others, comes last."""
+
+
+class LabelFree(Pretext):
+    """See build_pretext. shapes: modality -> what its tokens can tell."""
+
+    def __init__(self, config: ObjectivesConfig, shapes: Shapes, dim: int, *, seed: int):
+        super().__init__()
+        self.config, self.seed = config, seed
+        names = label_free(config)
+        self.objectives = nn.ModuleDict({name: OBJECTIVES[name](getattr(config, name), shapes, dim) for name in names})
+        read = {view for name in names for view in OBJECTIVES[name].views}
+        if is_on(config.supervised) or read == {"alone"}:
+            read.add("clean")
+        self.order = tuple(view for view in ORDER if view in read)
+        self.mask = Mask(shapes, config.masked, dim) if "masked" in read else None
+
+    def views(
+        self, tokens: Sequence[Tokens], content: Stream, batch: PackedBatch, tokenizers: Mapping[str, Tokenizer]
+    ) -> Views:
+        """The views that some objective reads, in the order of ORDER."""
+        known = Content.make(tokens, content, batch, tokenizers, seed=self.seed, step=self.step)
+        made, hidden_T, exchanged_T = {"clean": content}, None, None
+        if self.mask is not None:
+            hidden_T = self.mask.hidden(known)
+            made["masked"] = known.with_values(self.mask(known, hidden_T))
+        if "replaced" in self.order:
+            values_TD, exchanged_T = exchange(known, self.config.replaced.ratio)
+            made["replaced"] = known.with_values(values_TD)
+        if "alone" in self.order:
+            made["alone"] = alone(known)
+        return Views.stack({view: made[view] for view in self.order}, (known, hidden_T, exchanged_T))
+
+    def forward(self, x_TD: torch.Tensor, views: Views) -> Sums:
+        """Every objective, in the order of the schema."""
+        content, hidden_T, exchanged_T = views.known
+        scene = Scene(content, views, views.split(x_TD), hidden_T, exchanged_T)
+        found = {}
+        for name, objective in self.objectives.items():
+            loss, count = objective(scene)
+            found[name] = (loss, count)
+        return found
+
+
+def alone(content: Content) -> Stream:
+    """Tokens of samples of several modalities, each modality a sample of its own: sample b, modality m -> b M + m.
+
+    So attention shows no modality another one.
+    """
+    stream, (_, num_modalities) = content.stream, content.present_BM.shape
+    index_T = (content.present_BM.sum(1) > 1)[stream.sample_T].nonzero().flatten()
+    lengths = torch.bincount(stream.modality_T[index_T], minlength=num_modalities).tolist()
+    chosen = select(stream, index_T, lengths)
+    chosen.sample_T = chosen.sample_T * num_modalities + chosen.modality_T
+    chosen.task_B = stream.task_B.repeat_interleave(num_modalities)
+    return chosen
+
+
+def build_pretext(
+    config: ObjectivesConfig, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[TaskInfo], dim: int, *, seed: int
+) -> LabelFree | None:
+    """The objectives without labels that are on, with fresh weights; None where none is.
+
+    Raises ConfigError where the data cannot serve them: a modality that cannot be told, a pair that no task has.
+    """
+    if not label_free(config):
+        return None
+    shapes = {name: tokenizer.target_shape for name, tokenizer in tokenizers.items()}
+    _check_masked(config, shapes)
+    _check_pairs(config, list(shapes), tasks)
+    return LabelFree(config, shapes, dim, seed=seed)
+
+
+def _check_masked(config: ObjectivesConfig, shapes: Shapes) -> None:
+    if not {"masked", "similarity"} & set(label_free(config)):
+        return
+    able = ", ".join(name for name, shape in shapes.items() if shape is not None)
+    for name in config.masked.modalities or ():
+        if name not in shapes or shapes[name] is None:
+            what = "this run has no such modality" if name not in shapes else "its tokenizer has no `targets`"
+            raise ConfigError(f"objectives.masked.modalities: {name} cannot be hidden: {what}; allowed: {able}")
+    if not wanted(config.masked, shapes):
+        raise ConfigError("objectives.masked: no modality of this run has a tokenizer with `targets`; leave it out")
+
+
+def _check_pairs(config: ObjectivesConfig, names: list[str], tasks: Sequence[TaskInfo]) -> None:
+    if "contrastive" not in label_free(config):
+        return
+    for name in {name for pair in config.contrastive.pairs or () for name in pair} - set(names):
+        raise ConfigError(f"objectives.contrastive.pairs: no modality {name}; this run has {', '.join(names)}")
+    pairs = [(names[a], names[b]) for a, b in pairs_of(config.contrastive, names)]
+    idle = [pair for pair in pairs if not any(set(pair) <= set(task.modalities) for task in tasks)]
+    if len(idle) == len(pairs) or (idle and config.contrastive.pairs is not None):
+        shown = f"{idle[0][0]} and {idle[0][1]}" if config.contrastive.pairs else "two modalities"
+        raise ConfigError(
+            f"objectives.contrastive: no task has samples with {shown}, so there is nothing to align.\n"
+            "  allowed: pairs of modalities that a task has together\n"
+            "  to do: name other pairs, or set objectives.contrastive.weight to 0"
+        )
