@@ -98,4 +98,5 @@ def _stack(streams: Sequence[Stream]) -> Stream:
         torch.cat([stream.time_T for stream in streams]),
         torch.cat([stream.task_B for stream in streams]),
         tuple(sum(counts) for counts in zip(*(stream.lengths for stream in streams), strict=True)),
+        torch.cat([stream.presence_BM for stream in streams]),
     )

@@ -77,6 +77,54 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"tasks": [{"name": "a", "file": "a.h5"}], "modality_dropout": 0.3, "modality_dropout_over": 0.5}},
         r"data\.modality_dropout_over: has no meaning without data\.modality_dropout_start",
     ),
+    "nothing to learn": (
+        {"objectives": {"supervised": {"weight": 0.0}}},
+        r"objectives\.supervised\.weight: is 0, and so is every other",
+    ),
+    "a way from nowhere": (
+        {"objectives": {"masked": {"weight": 1.0, "over": 0.5}}},
+        r"objectives\.masked\.over: has no meaning without `start`",
+    ),
+    "masked modelling that hides nothing": (
+        {"objectives": {"masked": {"weight": 1.0, "ratio": 0.0}}},
+        r"masked\.ratio: is 0, and cross_modal too: nothing is hidden for objectives\.masked",
+    ),
+    "similarity of what is equal": (
+        {"objectives": {"similarity": {"weight": 1.0}, "masked": {"ratio": 0.0}}},
+        r"masked\.ratio: is 0, and cross_modal too: nothing is hidden for objectives\.similarity",
+    ),
+    "hidden modality that no task has": (
+        {"objectives": {"masked": {"weight": 1.0, "modalities": ["imagee"]}}},
+        r"masked\.modalities: names imagee, which no task has; did you mean image\?",
+    ),
+    "a pair of three": (
+        {"objectives": {"contrastive": {"weight": 1.0, "pairs": [["image", "sound", "image"]]}}},
+        r"contrastive\.pairs\.0: is no pair",
+    ),
+    "a modality with itself": (
+        {"objectives": {"contrastive": {"weight": 1.0, "pairs": [["image", "image"]]}}},
+        r"contrastive\.pairs\.0: is no pair",
+    ),
+    "a pair twice": (
+        {"objectives": {"contrastive": {"weight": 1.0, "pairs": [["image", "sound"], ["sound", "image"]]}}},
+        r"contrastive\.pairs\.1: stands here twice",
+    ),
+    "a pair with a modality that no task has": (
+        {"objectives": {"contrastive": {"weight": 1.0, "pairs": [["image", "smell"]]}}},
+        r"contrastive\.pairs\.0: names smell, which no task has",
+    ),
+    "replacing everything": (
+        {"objectives": {"replaced": {"weight": 1.0, "ratio": 1.0}}},
+        r"replaced\.ratio: leaves nothing to tell apart",
+    ),
+    "a share of labels that nobody reads": (
+        {"data": {"label_share": 0.1}, "objectives": {"supervised": {"weight": 0.0}, "masked": {"weight": 1.0}}},
+        r"data\.label_share: has no meaning with `objectives\.supervised\.weight: 0`",
+    ),
+    "init from itself": (
+        {"train": {"init": "runs/default/"}},
+        r"train\.init: is train\.output; --resume goes on",
+    ),
     "no experts": ({"model": {"experts": {"groups": []}}}, r"model\.experts\.groups: holds too few values"),
     "a shared expert without width": (
         {"model": {"experts": groups({"kind": "shared"})}},
