@@ -113,6 +113,10 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"objectives": {"contrastive": {"weight": 1.0, "pairs": [["image", "smell"]]}}},
         r"contrastive\.pairs\.0: names smell, which no task has",
     ),
+    "hidden tokens and latents": (
+        {"objectives": {"masked": {"weight": 1.0}}, "model": {"latents": 4}},
+        r"model\.latents: leaves no token to objectives\.masked",
+    ),
     "replacing everything": (
         {"objectives": {"replaced": {"weight": 1.0, "ratio": 1.0}}},
         r"replaced\.ratio: leaves nothing to tell apart",
