@@ -36,8 +36,8 @@ NAMES = tuple(OBJECTIVES)
 class Tiny:
     """The tiny data, a model with the given objectives, and batches."""
 
-    def __init__(self, folder: Path, objectives: ObjectivesConfig, *, seed: int = 0):
-        self.config: Config = tiny_config(folder).config
+    def __init__(self, folder: Path, objectives: ObjectivesConfig, *, seed: int = 0, **model: Any):
+        self.config: Config = tiny_config(folder, model=model).config
         self.catalogue = build_catalogue(self.config.data, base=folder)
         specs = fit_modalities(self.catalogue.modalities, {}, lambda name: train_values(self.catalogue, name))
         torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def objectives(*names: str, supervised: float = 1.0, **sections: dict[str, Any])
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Any:
-    return lambda *names, **options: Tiny(tmp_path, objectives(*names, **options))
+    return lambda *names, model=None, **options: Tiny(tmp_path, objectives(*names, **options), **(model or {}))
 
 
 def modules_with_gradient(model: nn.Module) -> set[str]:
@@ -113,15 +113,19 @@ def test_all_parameters_of_the_objectives_are_registered(tiny: Any) -> None:
     assert decoders == {"image", "record", "series"}
 
 
-def test_a_model_without_them_has_the_same_weights_and_forward_pass(tiny: Any) -> None:
-    plain, with_all = tiny(), tiny(*NAMES)
+@pytest.mark.parametrize("model", [{}, {"untie": ["norms", "qkv"], "predict_every_block": True}, {"ordered": True}])
+def test_a_model_without_them_has_the_same_weights_and_forward_pass(tiny: Any, model: dict[str, Any]) -> None:
+    plain, with_all = tiny(model=model), tiny(*NAMES, model=model)
     assert plain.pretext is None
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, with_all.model.state_dict()[name]), name
     batch = plain.batch("shapes", "tones")
-    outputs, others = (one.model(batch).outputs for one in (plain, with_all))
-    for name in outputs:
-        torch.testing.assert_close(outputs[name], others[name])
+    first, second = (one.model(batch) for one in (plain, with_all))
+    assert len(first.earlier) == len(second.earlier)
+    for left, right in zip([first.outputs, *first.earlier], [second.outputs, *second.earlier], strict=True):
+        for name in left:
+            torch.testing.assert_close(left[name], right[name])
+    outputs = first.outputs
     others = with_all.model.eval()(batch)
     assert others.pretext == {} and all(torch.equal(outputs[name], others.outputs[name]) for name in outputs)
 
