@@ -42,7 +42,7 @@ class MicroLoss:
     targets: Rows
 
     def broken(self, names: tuple[str, ...]) -> list[str]:
-        """Names of the tasks whose loss is not finite, `objective NAME` of those without labels, `router`, `missing`."""
+        """Tasks whose loss is not finite, `objective NAME` of those without labels, `router`, `missing`."""
         names = (*names, *(f"objective {name}" for name in self.pretext), "router", "missing")
         pretext = [loss.detach().reshape(1) for loss, _ in self.pretext.values()]
         finite = torch.isfinite(torch.cat([self.sums_T, *pretext, torch.stack([self.router, self.missing])])).tolist()
