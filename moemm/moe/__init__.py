@@ -8,6 +8,7 @@ from moemm.moe.override import redirected
 from moemm.moe.router import Router, active_experts
 from moemm.moe.routers import ROUTERS, RouteInput, Routing, bound_expert, register_router
 from moemm.moe.stats import RouterStats
+from moemm.moe.without import without_expert
 
 __all__ = [
     "LOSSES",
@@ -27,4 +28,5 @@ __all__ = [
     "redirected",
     "register_router",
     "router_loss",
+    "without_expert",
 ]
