@@ -1,21 +1,29 @@
 """Evaluation: metrics, scores over splits with modalities taken away, and scikit-learn baselines."""
 
 from moemm.evaluate.baselines import baseline
+from moemm.evaluate.cost import Cost, count_cost
 from moemm.evaluate.metrics import METRICS, score
 from moemm.evaluate.missing import evaluate_subsets, subsets_csv
+from moemm.evaluate.reuse import SubsetScore, causal_reuse, loss_of, subset_scores
 from moemm.evaluate.run import evaluate_run, render
 from moemm.evaluate.scoring import EvaluationPlan, TaskScore, evaluate_model, scores_to_dict
 
 __all__ = [
     "METRICS",
+    "Cost",
     "EvaluationPlan",
+    "SubsetScore",
     "TaskScore",
     "baseline",
+    "causal_reuse",
+    "count_cost",
     "evaluate_model",
     "evaluate_run",
     "evaluate_subsets",
+    "loss_of",
     "render",
     "score",
     "scores_to_dict",
+    "subset_scores",
     "subsets_csv",
 ]
