@@ -42,6 +42,11 @@ VERBS: dict[str, Verb] = {
         help="which modalities should share experts",
         overrides=True,
     ),
+    "report": Verb(
+        usage="RUN",
+        target="moemm.cli.report:Report",
+        help="one HTML file: routing, curves, missing modalities, cost, reuse",
+    ),
     "config show": Verb(
         usage="CONFIG",
         target="moemm.cli.config:Show",

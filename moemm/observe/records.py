@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from moemm.observe.routing import RouterReport, RoutingNames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,8 +15,7 @@ class Metrics:
     loss: the objective, all losses included. losses, accuracy: task -> mean over its samples (accuracy: of
     classification only). objectives: name -> mean over the samples that it concerns, of those without labels.
     missing_loss: of the regression of absent modalities, 0 without one. Tasks and objectives without a sample in the
-    window are missing. load_LME: (L, M, E) share of each
-    modality's choices per expert, 0 where it has no tokens; None without routed experts.
+    window are missing. routing: what the routers did; None without one.
     """
 
     step: int
@@ -31,12 +30,12 @@ class Metrics:
     seconds: float
     seconds_left: float
     missing_loss: float = 0.0
-    load_LME: np.ndarray | None = None
     objectives: dict[str, float] = field(default_factory=dict)
+    routing: RouterReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the expert load, as JSON types."""
-        skipped = ("load_LME",)
+        """Everything but the routing, as JSON types."""
+        skipped = ("routing",)
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skipped}
         return {"event": "train", **values}
 
@@ -52,3 +51,4 @@ class RunInfo:
     start_step: int
     total_steps: int
     facts: dict[str, str] = field(default_factory=dict)
+    routing: RoutingNames | None = None

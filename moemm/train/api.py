@@ -29,7 +29,17 @@ from moemm.train.callbacks import (
     TensorBoardCallback,
 )
 from moemm.train.results import summarize, write_summary
-from moemm.train.setup import CHECKPOINTS, CONFIG, SUMMARY, Setup, check_catalogue, load_stored, prepare, seeded_model
+from moemm.train.setup import (
+    CHECKPOINTS,
+    CONFIG,
+    SUMMARY,
+    Setup,
+    check_catalogue,
+    load_stored,
+    prepare,
+    seeded_model,
+    stored_catalogue,
+)
 from moemm.train.signals import StopRequest, exit_code, stop_requests
 from moemm.train.trainer import Trainer
 
@@ -126,9 +136,7 @@ def load_run(path: Path | str) -> Run:
     Raises CheckpointError: no run, no complete checkpoint, or data that is not what the run was trained on.
     """
     folder = Path(path)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}. Give train.output of a run.")
-    config = load_config(folder / CONFIG).config
+    config = _stored_config(folder)
     specs, stored = load_stored(folder)
     catalogue = build_catalogue(config.data, base=folder)
     check_catalogue(stored, catalogue)
@@ -136,3 +144,28 @@ def load_run(path: Path | str) -> Run:
     model = seeded_model(Setup(config, catalogue, specs, folder, found.manifest.step), torch.device("cpu"))
     load_weights(model, found.folder)
     return Run(config, catalogue, specs, model.eval(), folder, found.manifest.step)
+
+
+def load_outline(path: Path | str) -> Run:
+    """A run as its folder describes it: config, tasks, modalities, and a model with *fresh* weights, for its shapes.
+
+    Needs neither the data nor a checkpoint; `step` is that of the newest complete one, or 0.
+    Raises CheckpointError: no run, or files of it that cannot be read.
+    """
+    folder = Path(path)
+    config = _stored_config(folder)
+    specs, stored = load_stored(folder)
+    catalogue = stored_catalogue(stored)
+    try:
+        step = newest_complete(folder / CHECKPOINTS).manifest.step
+    except CheckpointError:
+        step = 0
+    with torch.random.fork_rng(devices=[]):
+        model = seeded_model(Setup(config, catalogue, specs, folder, step), torch.device("cpu"))
+    return Run(config, catalogue, specs, model.eval(), folder, step)
+
+
+def _stored_config(folder: Path) -> Config:
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}. Give train.output of a run.")
+    return load_config(folder / CONFIG).config

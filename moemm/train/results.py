@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,21 @@ def summarize(trainer: Trainer, scores: Mapping[str, Scores]) -> dict[str, Any]:
         "zero_stage": setup.config.deepspeed.zero_stage,
         "config_hash": config_hash(setup.config),
         "versions": versions(),
+        "commit": source_commit(),
     }
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout that moemm runs from, `-dirty` behind it where files differ; None where it is none."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from moemm.checkpoint.resume import changed_keys
 from moemm.config import Config, LoadedConfig, save_config
@@ -169,18 +170,12 @@ def describe(catalogue: Catalogue) -> dict[str, Any]:
     return values
 
 
-def stored_tasks(stored: Mapping[str, Any]) -> tuple[TaskInfo, ...]:
-    """The tasks that a run folder's catalogue describes. Raises CheckpointError."""
+def stored_catalogue(stored: Mapping[str, Any]) -> Catalogue:
+    """The inverse of `describe`, but for the places of the files. Raises CheckpointError."""
     try:
-        found = []
-        for task in stored["tasks"]:
-            entry: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in task.items()
-            }
-            found.append(TaskInfo(**entry))
-        return tuple(found)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{CATALOGUE} of the run does not describe tasks ({error}); put it back") from error
+        return TypeAdapter(Catalogue).validate_python(stored)
+    except ValidationError as error:
+        raise CheckpointError(f"{CATALOGUE} of the run does not describe tasks and modalities: {error}") from error
 
 
 def check_catalogue(stored: Mapping[str, Any], catalogue: Catalogue) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from moemm.config import Config
@@ -18,7 +17,9 @@ from moemm.distributed import World, sum_over_ranks
 from moemm.models import ModelOutput, Sums
 from moemm.moe import router_loss
 from moemm.objectives import supervised_losses
+from moemm.observe.routing import RouterReport
 from moemm.train.labels import Labels, Rows
+from moemm.train.routing import RoutingWindow
 from moemm.train.schedule import objective_weight
 
 
@@ -117,15 +118,15 @@ class WindowMeans:
     losses: dict[str, float]
     accuracy: dict[str, float]
     tokens: int
-    load_LME: np.ndarray | None
+    routing: RouterReport | None
 
 
 class Window:
     """Counts since the last report, on this rank; no synchronisation until `take`."""
 
-    def __init__(self, tasks: tuple[TaskInfo, ...], config: Config, world: World, *, num_modalities: int) -> None:
+    def __init__(self, tasks: tuple[TaskInfo, ...], config: Config, world: World) -> None:
         self._tasks, self._world = tasks, world
-        self._num_modalities = num_modalities
+        self._routing = RoutingWindow()
         self._samples = config.train.batch_size / config.train.accumulation  # of a micro-batch, over all ranks
         self._objectives = label_free(config.objectives)
         self._clear()
@@ -137,7 +138,6 @@ class Window:
         self._pretext_OC = torch.zeros(len(self._objectives), 2, dtype=torch.float64, device=self._world.device)
         # Router loss, tokens, the whole objective, the regression of absent modalities.
         self._rest = torch.zeros(4, dtype=torch.float64, device=self._world.device)
-        self._load_LME: torch.Tensor | None = None
         self._micros = 0
 
     def add(self, loss: MicroLoss, output: ModelOutput) -> None:
@@ -154,16 +154,13 @@ class Window:
                 row[2] += (loss.outputs[task.name].argmax(-1) == loss.targets[task.name]).sum()
         for row, name in zip(self._pretext_OC, self._objectives, strict=True):
             row += torch.stack(loss.pretext[name]).detach()
-        if output.router is not None:
-            load_LME = output.router.load_LME.detach().unflatten(1, (self._num_modalities, -1)).sum(2)
-            self._load_LME = load_LME if self._load_LME is None else self._load_LME + load_LME
+        self._routing.add(output.router)
 
     def take(self) -> WindowMeans:
         """The means, over all ranks (all call it together); then begin anew."""
         counts = sum_over_ranks(self._counts_TC).tolist()
         pretext = sum_over_ranks(self._pretext_OC).tolist()
         router, tokens, objective, missing = sum_over_ranks(self._rest).tolist()
-        load_LME = None if self._load_LME is None else _shares(sum_over_ranks(self._load_LME))
         micros = self._micros * self._world.size
         named = [(task, row) for task, row in zip(self._tasks, counts, strict=True) if row[1]]
         means = WindowMeans(
@@ -174,11 +171,7 @@ class Window:
             losses={task.name: row[0] / row[1] for task, row in named},
             accuracy={task.name: row[2] / row[1] for task, row in named if task.target == "classification"},
             tokens=int(tokens),
-            load_LME=load_LME,
+            routing=self._routing.take(),
         )
         self._clear()
         return means
-
-
-def _shares(load_LME: torch.Tensor) -> np.ndarray:
-    return (load_LME / load_LME.sum(-1, keepdim=True).clamp_min(1.0)).cpu().numpy()

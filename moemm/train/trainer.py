@@ -20,6 +20,7 @@ from moemm.data.loader import train_loader
 from moemm.distributed import World, gather_objects
 from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
 from moemm.modalities import prepare_functions
+from moemm.observe.alarm import RoutingAlarm
 from moemm.observe.records import Metrics, RunInfo
 from moemm.train.balance import RouterBalance
 from moemm.train.callbacks import Callback
@@ -27,6 +28,7 @@ from moemm.train.engine import Engine
 from moemm.train.guard import GradientGuard
 from moemm.train.health import refuse_gradient, refuse_loss
 from moemm.train.init import initialise
+from moemm.train.routing import balance_advice, few_are_wanted, routing_names
 from moemm.train.schedule import learning_rate
 from moemm.train.setup import Setup, seeded_model
 from moemm.train.signals import StopRequest
@@ -67,8 +69,13 @@ class Trainer:
         self._objective = Objective(
             setup.catalogue, self.config, world, total_steps=setup.total_steps, allowed_LME=allowed_LME
         )
-        num_modalities = len(setup.catalogue.modalities)
-        self._window = Window(setup.catalogue.tasks, self.config, world, num_modalities=num_modalities)
+        self._window = Window(setup.catalogue.tasks, self.config, world)
+        self._routing = routing_names(model.trunk)
+        self._alarm = RoutingAlarm(
+            self._routing,
+            advice=balance_advice(self.config.model.router),
+            collapse=not few_are_wanted(self.config.model.router),
+        )
         self._prepare = prepare_functions(setup.specs)
         # Weights are equal on all ranks; from here on each rank draws its own dropout.
         seed_everything(self.config.train.seed + 7919 * (world.rank + 1), deterministic=self.config.train.deterministic)
@@ -148,6 +155,7 @@ class Trainer:
                 "engine": f"{self.world.size} rank(s) on {self.world.device.type}, ZeRO {self.engine.zero_stage}, "
                 f"{self.config.train.precision}",
             },
+            routing=self._routing,
         )
         for callback in self._callbacks:
             callback.on_start(info)
@@ -214,10 +222,12 @@ class Trainer:
             tokens_per_second=means.tokens / window_s,
             seconds=now - self._began,
             seconds_left=(total - self.step) * window_s / steps,
-            load_LME=means.load_LME,
+            routing=means.routing,
         )
         for callback in self._callbacks:
             callback.on_metrics(metrics)
+        for text in self._alarm.check(means.routing):
+            self.tell(f"step {self.step}  {text}")
 
     def evaluate(self, split: str) -> Scores:
         """Scores of the model as it is on a split; all ranks together. The training's random sequence goes on as if it

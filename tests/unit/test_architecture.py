@@ -40,7 +40,8 @@ EVERYTHING = {"cli", "__init__", "__main__", "testing"}
 OWNERS = {
     "h5py": {"moemm/data/hdf5.py"},
     "deepspeed": {"moemm/train/engine.py", "moemm/checkpoint/store.py"},
-    "matplotlib": {"moemm/observe/plots.py", "moemm/observe/report.py"},
+    "matplotlib": {"moemm/observe/plots.py"},
+    "PIL": {"moemm/observe/heatmap.py"},
     "megablocks": {"moemm/moe/megablocks.py"},
     "moemm._C": {"moemm/ops/backend.py"},
 }

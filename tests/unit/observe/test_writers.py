@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from routing_cases import EVEN, NAMES, report
 
 from moemm.observe.console import ConsoleWriter
 from moemm.observe.jsonl import JsonLines
 from moemm.observe.records import Metrics, RunInfo
+from moemm.observe.routing import RouterReport, RoutingNames
 from moemm.observe.table import duration, number, results_table
+from moemm.train.callbacks import JsonLinesCallback
 
 INFO = RunInfo(
     name="r", folder="f", tasks=("digits", "a[b]"), modalities=("image",), start_step=0, total_steps=10,
@@ -31,7 +36,7 @@ SUMMARY = {
 def metrics(step: int) -> Metrics:
     return Metrics(
         step=step, total_steps=10, loss=1.5, router_loss=0.1, losses={"digits": 1.25}, accuracy={"digits": 0.5},
-        lr=1e-3, grad_norm=None, tokens_per_second=12345.0, seconds=3.0, seconds_left=65.0, load_LME=np.ones((1, 1, 2)),
+        lr=1e-3, grad_norm=None, tokens_per_second=12345.0, seconds=3.0, seconds_left=65.0, routing=EVEN,
     )  # fmt: skip
 
 
@@ -112,7 +117,33 @@ def test_jsonl_forgets_what_a_resume_goes_back_behind(tmp_path: Path) -> None:
     assert path.read_text() == "", "a run from the start begins an empty file"
 
 
-def test_metrics_as_json_leave_the_loads_to_tensorboard() -> None:
+def test_metrics_as_json_leave_the_routing_to_its_own_lines() -> None:
     values = metrics(2).to_dict()
-    assert values["event"] == "train" and "load_LME" not in values
+    assert values["event"] == "train" and "routing" not in values
     json.dumps(values)
+
+
+def routing_lines(path: Path, *, names: RoutingNames, found: RouterReport, reports: int) -> list[dict[str, Any]]:
+    callback = JsonLinesCallback()
+    callback.on_start(replace(INFO, folder=str(path), routing=names))
+    for step in range(1, reports + 1):
+        callback.on_metrics(replace(metrics(step), routing=found))
+    callback.on_close()
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["event"] == "routing_names" and sum(line["event"] == "train" for line in lines) == reports
+    return [line for line in lines if line["event"] == "routing"]
+
+
+def test_routing_goes_to_lines_of_its_own(tmp_path: Path) -> None:
+    lines = routing_lines(tmp_path, names=NAMES, found=EVEN, reports=2)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["load"] == EVEN.load_LME.tolist() and lines[0]["tokens"] == [400, 400]
+
+
+def test_large_maps_are_added_up_before_they_are_written(tmp_path: Path) -> None:
+    load_LME = np.ones((2, 10, 64))  # 1,280 numbers: every third report, and the last one, step 10
+    names = RoutingNames(
+        layers=(0, 1), rows=tuple("abcdefghij"), experts=tuple(map(str, range(64))), allowed_LME=load_LME > 0
+    )
+    lines = routing_lines(tmp_path, names=names, found=report(load_LME), reports=10)
+    assert [(line["step"], line["load"][0][0][0]) for line in lines] == [(3, 3), (6, 3), (9, 3), (10, 1)]

@@ -17,7 +17,7 @@ from moemm.config import LoadedConfig, load_config
 from moemm.data.sample import PackedBatch
 from moemm.errors import CheckpointError, ConfigError, HealthError
 from moemm.testing.tiny import tiny_config
-from moemm.train import load_run, train
+from moemm.train import load_outline, load_run, train
 from moemm.train import trainer as trainer_module
 from moemm.train.callbacks import Callback
 from moemm.train.trainer import Trainer
@@ -87,10 +87,63 @@ def test_tensorboard_has_losses_accuracies_and_loads(config: Any, tmp_path: Path
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {"train/loss", "loss/shapes", "accuracy/tones", "val_accuracy/shapes", "train/lr"} <= tags
-    loads = [tag for tag in tags if tag.startswith("load/layer_1/image/")]
-    assert len(loads) == 2
-    total = sum(events.Scalars(tag)[0].value for tag in loads)
-    assert total == pytest.approx(1.0)
+    loads = [f"load/layer_1/routed_{number}" for number in range(2)]
+    assert sum(events.Scalars(tag)[0].value for tag in loads) == pytest.approx(1.0)
+    assert "evenness/layer_0/image" in tags and "dead_experts/layer_1" in tags
+    assert [event.step for event in events.Images("routing/layer_1")][-1] == 4
+
+
+def test_metrics_hold_what_the_routers_did(config: Any, tmp_path: Path) -> None:
+    train(config(train={"steps": 5, "log_every": 2}))
+    (names,) = lines(tmp_path / "run", "routing_names")
+    assert names["experts"] == ["routed_0", "routed_1"] and names["rows"] == ["image", "record", "series"]
+    found = lines(tmp_path / "run", "routing")
+    assert [line["step"] for line in found] == [2, 4, 5]
+    for line in found:
+        chosen = torch.tensor(line["load"]).sum(-1)
+        assert chosen.tolist() == [line["tokens"]] * 2, "top_k is 1: one choice a token and layer"
+        assert torch.tensor(line["prob"]).sum(-1)[0].tolist() == pytest.approx(line["tokens"], abs=0.1)
+    images = sum(line["tokens"][0] for line in found)
+    assert images > 0 and images <= 5 * 8
+
+
+def test_alarms_reach_the_terminal_and_the_file(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = []
+    monkeypatch.setattr(
+        trainer_module.RoutingAlarm, "check", lambda self, routing: reports.append(routing) or ["warning: layer 7"]
+    )
+    train(config(train={"steps": 2, "log_every": 2}))
+    assert "step 2  warning: layer 7" in [message["text"] for message in lines(tmp_path / "run", "message")]
+    assert "step 2  warning: layer 7" in capsys.readouterr().out
+    assert reports[0].load_LME.shape == (2, 3, 2)
+
+
+def test_a_router_that_collapses_is_told(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moemm.observe.alarm.CHOICES", 1)
+
+    class Collapse(Callback):
+        def on_step(self, trainer: Trainer, *, stopping: bool) -> None:
+            for layer in trainer.engine.model.trunk.routed_layers.values():
+                for row in layer.router.parameters():
+                    row.data.zero_()  # equal logits: the first expert takes all
+
+    train(config(train={"steps": 16, "lr": 1e-9}), extra_callbacks=[Collapse()])
+    text = "\n".join(message["text"] for message in lines(tmp_path / "run", "message"))
+    assert "keeps to expert routed_0 (100% of its choices" in text
+    assert "no token chose expert routed_1" in text and "raise model.router.losses.balance (now 0.01)" in text
+
+
+def test_an_outline_has_the_shapes_but_not_the_weights(config: Any, tmp_path: Path) -> None:
+    train(config(train={"steps": 3}))
+    run, outline = load_run(tmp_path / "run"), load_outline(tmp_path / "run")
+    assert outline.step == run.step == 3 and outline.config == run.config
+    assert [task.name for task in outline.catalogue.tasks] == ["shapes", "tones"]
+    assert outline.catalogue.modalities == run.catalogue.modalities
+    assert outline.model.num_parameters() == run.model.num_parameters()
+    with pytest.raises(CheckpointError, match="is no run folder"):
+        load_outline(tmp_path)
 
 
 def test_same_seed_same_run_other_seed_another(config: Any, tmp_path: Path) -> None:
