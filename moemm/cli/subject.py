@@ -52,12 +52,12 @@ def build(path: Path, overrides: Sequence[str]) -> Untrained:
     Raises as `load`, DataError for data that a configuration names, CheckpointError for a run folder with broken files.
     """
     from moemm.models import build_model
-    from moemm.train.setup import learn_modalities, load_stored, stored_tasks
+    from moemm.train.setup import learn_modalities, load_stored, stored_catalogue
 
     loaded = load(path, overrides)
     if path.is_dir():
         specs, stored = load_stored(path)
-        tasks = stored_tasks(stored)
+        tasks = stored_catalogue(stored).tasks
     else:
         catalogue, specs = learn_modalities(loaded)
         tasks = catalogue.tasks

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from moemm.checkpoint.resume import changed_keys
 from moemm.config import Config, LoadedConfig, save_config
 from moemm.data.build import build_catalogue
-from moemm.data.catalogue import Catalogue, TaskInfo
+from moemm.data.catalogue import Catalogue
 from moemm.data.dataset import SplitDataset
 from moemm.data.loader import drawn_sizes
 from moemm.data.sample import Value

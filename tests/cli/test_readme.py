@@ -34,7 +34,15 @@ def run(place: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_the_commands_that_are_run_here() -> None:
-    assert [command.split()[1] for command in COMMANDS] == ["evaluate", "inspect", "doctor", "data", "config"]
+    assert [command.split()[1] for command in COMMANDS] == [
+        "evaluate",
+        "evaluate",
+        "inspect",
+        "report",
+        "doctor",
+        "data",
+        "config",
+    ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
