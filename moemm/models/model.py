@@ -76,7 +76,7 @@ class Model(nn.Module):
         name, first = next(iter(views.parts.items()))
         states, stats = self.trunk(self.place(views.stream))
         *earlier, last = [self.heads(views.split(x_TD)[name], first.sample_T, batch.task) for x_TD in states]
-        return ModelOutput(last, stats, views.stream.values_TD.shape[0], earlier, pretext(states[-1], views))
+        return ModelOutput(last, stats, views.stream.values_TD.shape[0], earlier, pretext=pretext(states[-1], views))
 
     def tokenize(self, batch: PackedBatch) -> Stream:
         """The packed stream: tokens + modality embedding + position and time; with `model.latents`, what stands for
