@@ -45,7 +45,7 @@ VERBS: dict[str, Verb] = {
     "report": Verb(
         usage="RUN",
         target="moemm.cli.report:Report",
-        help="one HTML file: routing, curves, missing modalities, cost, reuse",
+        help="one HTML file: routing, curves, cost, reuse",
     ),
     "config show": Verb(
         usage="CONFIG",

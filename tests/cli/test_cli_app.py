@@ -170,7 +170,7 @@ def test_config_show_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert re.search(r"\n  dim: 128 +# command line --model\.dim\n", text)
     assert f"# {recipe}:" in text and "# default" in text
-    assert {"name", "data", "modalities", "model", "train", "deepspeed"} == set(yaml.safe_load(text))
+    assert {"name", "data", "modalities", "model", "objectives", "train", "deepspeed"} == set(yaml.safe_load(text))
 
 
 def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
