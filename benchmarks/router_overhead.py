@@ -55,7 +55,9 @@ class Setting:
         world = connect(timeout_s=60.0)
         self.model = seeded_model(setup, torch.device("cpu"))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.objective = Objective(setup.catalogue.tasks, self.config, world, self.model.trunk.allowed())
+        self.objective = Objective(
+            setup.catalogue, self.config, world, total_steps=10**9, allowed_LME=self.model.trunk.allowed()
+        )
         loader = train_loader(
             setup.catalogue, self.config, rank=0, world_size=1, start_step=0, prepare=prepare_functions(setup.specs)
         )
@@ -92,7 +94,7 @@ class Setting:
             self.step += 1
             for seen in self.turns():
                 given = output if seen else replace(output, router=None)
-                work = functools.partial(self.windows[seen].add, loss, given, batch.targets)
+                work = functools.partial(self.windows[seen].add, loss, given)
                 observed_s[seen] += timed(work)
         for seen in self.turns():
             observed_s[seen] += timed(functools.partial(self.report, seen))

@@ -4,7 +4,7 @@ from moemm.evaluate.baselines import baseline
 from moemm.evaluate.cost import Cost, count_cost
 from moemm.evaluate.metrics import METRICS, score
 from moemm.evaluate.missing import evaluate_subsets, subsets_csv
-from moemm.evaluate.reuse import SubsetScore, causal_reuse, loss_of, subset_scores
+from moemm.evaluate.reuse import causal_reuse, loss_of
 from moemm.evaluate.run import evaluate_run, render
 from moemm.evaluate.scoring import EvaluationPlan, TaskScore, evaluate_model, scores_to_dict
 
@@ -12,7 +12,6 @@ __all__ = [
     "METRICS",
     "Cost",
     "EvaluationPlan",
-    "SubsetScore",
     "TaskScore",
     "baseline",
     "causal_reuse",
@@ -24,6 +23,5 @@ __all__ = [
     "render",
     "score",
     "scores_to_dict",
-    "subset_scores",
     "subsets_csv",
 ]

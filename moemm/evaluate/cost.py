@@ -40,7 +40,7 @@ def count_cost(model: Model) -> Iterator[Cost]:
     tokenizer: its matrix products, with the rows that it had. attention: projections, and query x key and weights x
     value inside each sample; latents: the same where they stand in for tokens. experts: every expert that a token went
     to, by the routers' own counts. position, router, pooling: their matrix products. Norms, activations, embeddings,
-    and the heads (once a sample) are not counted.
+    the heads (once a sample) and what predicts absent modalities are not counted; the tokens that stand in are.
     """
     counts = _Counts(model)
     cost = Cost()

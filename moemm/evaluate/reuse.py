@@ -1,9 +1,9 @@
-"""Causal reuse: what each task loses when an expert is switched off; and its scores when modalities are taken away."""
+"""Causal reuse: what each task loses when an expert is switched off."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 from moemm.evaluate.metrics import LOWER_IS_BETTER
@@ -14,16 +14,6 @@ from moemm.models import Model
 from moemm.moe import without_expert
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SubsetScore:
-    """A task's score with the modalities `present` alone; None where no sample is left."""
-
-    task: str
-    metric: str
-    present: tuple[str, ...]
-    value: float | None
 
 
 def plan_of(run: TrainedRun, split: str) -> EvaluationPlan:
@@ -55,23 +45,4 @@ def causal_reuse(
         with without_expert(model, expert.id):
             scores = evaluate_model(model, run.catalogue, replace(plan, tasks=tasks))
         found[expert.id] = {task: loss_of(full[task], score) for task, score in scores.items()}
-    return found
-
-
-def subset_scores(
-    run: TrainedRun, full: Mapping[str, TaskScore], *, split: str = "test", tell: Tell = lambda text: None
-) -> list[SubsetScore]:
-    """Scores of each task with all of its modalities (`full`), without each one of them, and with each one alone."""
-    plan, found = plan_of(run, split), []
-    for task in run.catalogue.tasks:
-        names = task.modalities
-        if len(names) > 1:
-            tell(f"{task.name} without each of its {len(names)} modalities, and with each alone")
-        lacking_one = [tuple(other for other in names if other != name) for name in names]
-        for present in dict.fromkeys([names, *lacking_one, *((name,) for name in names)]):
-            if present:
-                drop = tuple(name for name in names if name not in present)
-                one = replace(plan, drop=drop, tasks=(task.name,))
-                score = evaluate_model(run.model, run.catalogue, one)[task.name] if drop else full[task.name]
-                found.append(SubsetScore(task=task.name, metric=task.metric, present=present, value=score.value))
     return found

@@ -16,12 +16,13 @@ Points = list[tuple[float, float]]
 
 @dataclass
 class History:
-    """losses: task -> (step, mean loss). scores: (split, task) -> (step, score). messages: lines for the reader.
-
+    """losses: task -> (step, mean loss); objectives: the same of those without labels.
+    scores: (split, task) -> (step, score). messages: lines for the reader.
     routing: (step, what the routers did up to it since the one before), in order; names: its axes.
     """
 
     losses: dict[str, Points] = field(default_factory=dict)
+    objectives: dict[str, Points] = field(default_factory=dict)
     scores: dict[tuple[str, str], Points] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     routing: list[tuple[int, RouterReport]] = field(default_factory=list)
@@ -58,6 +59,8 @@ class History:
         if event == "train":
             for task, loss in values["losses"].items():
                 self.losses.setdefault(task, []).append((step, _number(loss)))
+            for name, loss in values.get("objectives", {}).items():
+                self.objectives.setdefault(name, []).append((step, _number(loss)))
         elif event == "scores":
             for task, score in values["scores"].items():
                 self.scores.setdefault((values["split"], task), []).append((step, _number(score["value"])))

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from moemm.checkpoint.files import write_text_atomic
 from moemm.errors import CheckpointError
-from moemm.evaluate import SubsetScore, causal_reuse, count_cost, evaluate_model, subset_scores
+from moemm.evaluate import causal_reuse, count_cost, evaluate_model, evaluate_subsets
 from moemm.evaluate.reuse import plan_of
 from moemm.evaluate.run import TrainedRun
 from moemm.models import Model
@@ -79,37 +79,42 @@ def measure(run: TrainedRun, *, split: str = "test", tell: Tell = lambda text: N
     tell(f"scoring the {split} split")
     with count_cost(cast(Model, run.model)) as cost:
         full = evaluate_model(run.model, run.catalogue, plan)
-    subsets = read_missing(run.folder / MISSING, split) or subset_scores(run, full, split=split, tell=tell)
+    subsets = read_missing(run.folder / MISSING, split) or _subsets(run, split, tell)
     sizes = {name: score.n for name, score in full.items()}
     reuse = causal_reuse(run, full, split=split, tell=tell)
     return part.Measured(split=split, sizes=sizes, cost=cost, subsets=subsets, reuse=reuse)
 
 
-def read_missing(path: Path, split: str) -> list[SubsetScore]:
-    """What `moemm evaluate --missing` left in the run folder for a split; empty where there is none.
+def read_missing(path: Path, split: str) -> part.Subsets:
+    """What `moemm evaluate --missing all` left in the run folder for a split; empty where there is none.
 
     Raises CheckpointError for a file of that name that is something else.
     """
     if not path.is_file():
-        return []
+        return {}
+    found: dict[str, dict[tuple[str, ...], float | None]] = {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == split]
-        return [_subset(row) for row in rows]
+            for row in csv.DictReader(file):
+                present = tuple(row["present"].split("+"))
+                if len(present) != int(row["count"]):
+                    raise ValueError(f"{row['present']} are not {row['count']} modalities")
+                if row["split"] == split:
+                    found.setdefault(row["task"], {})[present] = float(row["value"]) if row["value"] else None
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as scores with modalities missing ({type(error).__name__}: {error}); delete it, "
             "and they are measured anew"
         ) from error
+    return found
 
 
-def _subset(row: dict[str, str]) -> SubsetScore:
-    present, value = tuple(row["present"].split("+")), row["value"]
-    if len(present) != int(row["count"]):
-        raise ValueError(f"{row['present']} are not {row['count']} modalities")
-    return SubsetScore(
-        task=row["task"], metric=row["metric"], present=present, value=float(value) if value else None
-    )  # fmt: skip
+def _subsets(run: TrainedRun, split: str, tell: Tell) -> part.Subsets:
+    tell("scoring every task with modalities missing")
+    found = evaluate_subsets(run.model, run.catalogue, plan_of(run, split))
+    return {
+        name: {tuple(row["present"]): row["value"] for row in task["subsets"]} for name, task in found.items()
+    }  # fmt: skip
 
 
 def _sections(model: Model, summary: dict[str, Any], history: History, measured: part.Measured | None) -> list[Section]:

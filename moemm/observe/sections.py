@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from moemm.evaluate import Cost, SubsetScore
+from moemm.evaluate import Cost
 from moemm.evaluate.metrics import LOWER_IS_BETTER
 from moemm.models import Model
 from moemm.moe import Expert, ExpertMap, MoELayer
@@ -24,6 +24,8 @@ from moemm.observe.table import duration, number
 RECENT = 0.2
 """Share of the run, at its end, that the heat maps are taken from."""
 BINS = 12
+Subsets = Mapping[str, Mapping[tuple[str, ...], float | None]]
+"""task -> modalities that are there -> score."""
 Reuse = Mapping[str, Mapping[str, float | None]]
 _LEVELS = [level(step / 6) for step in range(7)]
 _SIDES = [side(step / 3 - 1) for step in range(7)]
@@ -36,7 +38,7 @@ class Measured:
     split: str
     sizes: Mapping[str, int]
     cost: Cost
-    subsets: Sequence[SubsetScore]
+    subsets: Subsets
     reuse: Reuse
 
 
@@ -307,6 +309,9 @@ def curves_section(summary: Mapping[str, Any], history: History) -> Section:
         )
         loss = Chart(title="training loss, mean over samples", points=history.losses.get(name, []), xlabel="step")
         parts.append(heading(name) + loss.svg() + val.svg())
+    for name, points in history.objectives.items():
+        chart = Chart(title="training loss, mean over the samples that it concerns", points=points, xlabel="step")
+        parts.append(heading(f"objective {name}") + chart.svg())
     return Section(
         key="curves",
         title="Curves of each task",
@@ -320,7 +325,7 @@ def missing_section(summary: Mapping[str, Any], measured: Measured) -> Section:
     """What each task is worth with modalities taken away."""
     parts, single = [], []
     for name, task in summary["tasks"].items():
-        found = {one.present: one.value for one in measured.subsets if one.task == name}
+        found = measured.subsets.get(name, {})
         names = max(found, key=len, default=())
         if len(names) < 2:
             single.append(name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moemm.data import build_catalogue
-from moemm.evaluate import EvaluationPlan, TaskScore, causal_reuse, evaluate_model, loss_of, subset_scores
+from moemm.evaluate import EvaluationPlan, TaskScore, causal_reuse, evaluate_model, loss_of
 from moemm.modalities import fit_modalities
 from moemm.models import build_model
 from moemm.models.heads import Heads
@@ -110,19 +110,6 @@ def test_losses_are_positive_where_it_got_worse(
     metric: str, full: float | None, now: float | None, loss: float | None
 ) -> None:
     assert loss_of(TaskScore(metric=metric, value=full, n=1), TaskScore(metric=metric, value=now, n=1)) == loss
-
-
-def test_subsets_are_the_complete_set_all_but_one_and_single_ones(run: Any) -> None:
-    full = evaluate_model(run.model, run.catalogue, PLAN)
-    found = subset_scores(run, full)
-    assert [(one.task, one.present) for one in found] == [
-        ("shapes", ("image", "record")),
-        ("shapes", ("record",)),
-        ("shapes", ("image",)),
-        ("tones", ("series",)),
-    ]
-    without_record = evaluate_model(run.model, run.catalogue, EvaluationPlan(split="test", prepare={}, drop=["record"]))
-    assert found[2].value == without_record["shapes"].value and found[0].value == full["shapes"].value
 
 
 def test_a_plan_may_name_its_tasks(run: Any) -> None:
