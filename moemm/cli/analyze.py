@@ -64,6 +64,7 @@ class Heterogeneity:
         from moemm.observe.heterogeneity_table import render_heterogeneity
 
         show(render_heterogeneity(values))
+        show(f"to train    moemm train {path}")  # as text: a command to copy must not be folded
         return 0
 
     @property

@@ -17,7 +17,7 @@ _TITLES = {
 
 
 def render_heterogeneity(values: Mapping[str, Any]) -> Group:
-    """The matrices, the merges in order with the cut between them, the groups, and what to do next."""
+    """The matrices, the merges in order with the cut between them, and the groups."""
     parts: list[Any] = [_matrix_table(values["matrix"], _TITLES[values["measure"]])]
     if values["pairs"]:
         parts.append(_matrix_table(values["pairs"], f"\npairs: {_TITLES['pvi']}"))
@@ -27,7 +27,6 @@ def render_heterogeneity(values: Mapping[str, Any]) -> Group:
     parts += [f"  {number}  {', '.join(group)}" for number, group in enumerate(values["groups"])]
     before, after = (f"{values['parameters'][key]:,}" for key in ("before", "after"))
     parts.append(f"\nparameters  {before} before, {after} grouped")
-    parts.append(f"to train    moemm train {values['written']}")
     return Group(*parts)
 
 
