@@ -35,11 +35,11 @@ class Router(ExactBuffers):
         self.ids = [expert.id for expert in layer_map.of_role("routed")]
         self.register_buffer("allowed_ME", layer_map.allowed("routed"), persistent=False)
         self.top_k = _top_k(layer_map, config)
+        self.most = int(self.allowed_ME.sum(-1).max())
         self.num_tasks = max(1, len(layer_map.tasks))
-        self.scopes = ["all"]
-        if config.scope != "joint":
-            self.scopes = list(layer_map.modalities)
-            _check_scope(layer_map, config)
+        # Disjoint experts have their modality's row as it is: rows of other modalities would never be looked at.
+        self.scopes = list(layer_map.modalities) if config.scope == "modality" else ["all"]
+        _check_scope(layer_map, config)
         learned = self.kind.learned
         self.rows = nn.ModuleDict({name: _rows(self.ids if learned else [], dim, 0.02) for name in self.scopes})
         self.noise = _rows(self.ids, dim, 0.0) if self.kind.noisy else None
@@ -63,6 +63,7 @@ class Router(ExactBuffers):
                 row_T=row_T,
                 allowed_ME=self.allowed_ME,
                 top_k=self.top_k,
+                most=self.most,
                 gates=self.config.gates,
                 p=self.config.p or P,
                 capacity=self.config.capacity or CAPACITY,

@@ -30,6 +30,7 @@ class RouteInput:
     row_T: (T,) int64 row of the expert map; allowed_ME: (M, E) bool; bias_E: (E,) added for choosing only, or None.
     noise_TE: (T, E) > 0, deviation of the noise; of noisy routers while training, else None.
     target_T: (T,) int64 expert that the combination of the sample's modalities is bound to; of combination routers.
+    most: of the experts that a token may use, where that is known without asking the device; None: all of them.
     top_k, gates, p, capacity: as in the configuration, with defaults filled in.
     """
 
@@ -43,6 +44,7 @@ class RouteInput:
     bias_E: torch.Tensor | None = None
     noise_TE: torch.Tensor | None = None
     target_T: torch.Tensor | None = None
+    most: int | None = None
 
     @property
     def masked(self) -> torch.Tensor:
@@ -179,17 +181,21 @@ def hard(given: RouteInput) -> Routing:
 def expert_choice(given: RouteInput) -> Routing:
     """Each expert takes the tokens that want it most, as many as its capacity (arXiv:2202.09368).
 
-    A token may end with no expert or with many. K = E.
+    A token may end with no expert or with many. K is the largest number of experts that a token may use.
     """
     prob_TE = given.masked.softmax(-1)
-    num_tokens, num_experts = prob_TE.shape
-    # A stable sort and not topk: which of two equal tokens is taken must not depend on the machine.
-    order_TE = prob_TE.detach().sort(dim=0, descending=True, stable=True).indices
-    place_T1 = torch.arange(num_tokens, device=prob_TE.device)[:, None]
-    rank_TE = torch.empty_like(order_TE).scatter(0, order_TE, place_T1.expand(-1, num_experts))
-    chosen_TE = (rank_TE < _capacity(given)) & given.allowed_ME[given.row_T]
-    experts_TE = torch.arange(num_experts, device=prob_TE.device).expand(num_tokens, -1)
-    return Routing(prob_TE * chosen_TE, experts_TE.masked_fill(~chosen_TE, -1), prob_TE)
+    wide_MK = given.allowed_ME.int().sort(dim=1, descending=True, stable=True).indices[:, : given.most]
+    experts_TK = wide_MK.masked_fill(~given.allowed_ME.gather(1, wide_MK), -1)[given.row_T]
+    prob_TK = prob_TE.gather(1, experts_TK.clamp_min(0)) * (experts_TK >= 0)
+    # Stable sorts and not topk: which of two equal tokens is taken must not depend on the machine.
+    order_X = prob_TK.detach().flatten().sort(descending=True, stable=True).indices
+    order_X = order_X[experts_TK.flatten()[order_X].sort(stable=True).indices]
+    count_E = torch.bincount(experts_TK.flatten() + 1, minlength=prob_TE.shape[1] + 1)
+    first_X = (count_E.cumsum(0) - count_E)[experts_TK.flatten()[order_X] + 1]
+    place_X = torch.arange(order_X.shape[0], device=order_X.device) - first_X
+    rank_TK = torch.empty_like(order_X).scatter(0, order_X, place_X).view_as(experts_TK)
+    chosen_TK = (experts_TK >= 0) & (rank_TK < _capacity(given)[experts_TK.clamp_min(0)])
+    return Routing(prob_TK * chosen_TK, experts_TK.masked_fill(~chosen_TK, -1), prob_TE)
 
 
 @register_router("batch_priority")
