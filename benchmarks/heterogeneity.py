@@ -1,4 +1,5 @@
-"""Modality experts shared by measured heterogeneity, against random groups of the same sizes, on the ten core tasks.
+"""Modality experts shared by measured heterogeneity, against random groups of the same sizes, on the ten core tasks
+(configs/base/core.yaml).
 
     MOEMM_SUITE=FOLDER python -m benchmarks.heterogeneity            # about 20 minutes on 2 cores
 
@@ -8,55 +9,36 @@ Every run has the same model but for who shares: as many experts, as many parame
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
-from benchmarks import record
+from benchmarks import record, runs
 from benchmarks.record import Row
+from benchmarks.runs import Summary, mean_score, row
 from moemm.analyze import Subject, Wanted, analyze_heterogeneity, regroup
 from moemm.config import LoadedConfig, load_config, save_config
 from moemm.train.setup import learn_modalities
 
-TASKS = ("digits_hard", "avclip", "stamps", "match", "watch", "eeg", "pbc", "reviews", "actions", "vowels")
-RENAME = {
-    "digits_hard": {"audio": "voice", "image": "digit"},
-    "match": {"speech": "phrase"},
-    "reviews": {"record": "customer"},
-    "actions": {"video": "motion"},
-}
-"""Modalities that another task has in another shape."""
 Groups = list[tuple[str, ...]]
-LOWER = {"rmse", "mae"}
+SCORE = "test score"
 
 
 def recipe(folder: Path, *, steps: int) -> LoadedConfig:
     """The ten tasks with half the width shared and half by modality; no routed experts, so that groups are all."""
-    suite = os.environ.get("MOEMM_SUITE")
-    if not suite:
-        raise SystemExit("set MOEMM_SUITE to the folder that holds " + ", ".join(f"{name}.h5" for name in TASKS))
-    tasks = [{"name": name, "file": f"{name}.h5", "rename": RENAME.get(name, {})} for name in TASKS]
     values = {
+        "base": [str(runs.CORE)],
         "name": "heterogeneity",
-        "data": {"root": str(Path(suite).resolve()), "tasks": tasks, "temperature": 2.0, "num_workers": 0},
+        "data": {"root": str(runs.suite()), "num_workers": 0},
         "model": {"experts": {"groups": [{"kind": "shared", "width": 64}, {"kind": "modality", "width": 64}]}},
         "train": {"steps": steps, "batch_size": 32, "lr": 2e-3, "weight_decay": 0.1, "baselines": False},
     }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return load_config(path)
+    return load_config(runs.write_config(folder / "recipe.yaml", values))
 
 
 def random_groups(names: Sequence[str], like: Groups, *, seed: int) -> Groups:
@@ -66,52 +48,33 @@ def random_groups(names: Sequence[str], like: Groups, *, seed: int) -> Groups:
     return [tuple(order[end - len(group) : end]) for group, end in zip(like, ends, strict=True)]
 
 
-def train(path: Path, output: Path, seed: int) -> dict[str, Any]:
-    """The summary of one run in a process of its own."""
-    command = [sys.executable, "-m", "moemm", "train", str(path), "--train.seed", str(seed)]
-    command += ["--train.output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    summary: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    print(output.name, round(mean_score(summary), 4), flush=True)
-    return summary
+def train(path: Path, seed: int) -> Summary:
+    """The summary of one run."""
+    output = path.with_name(f"{path.stem}-{seed}")
+    return runs.train(output, str(path), "--train.seed", str(seed), "--train.output", str(output))
 
 
-def mean_score(summary: dict[str, Any]) -> float:
-    """Mean of the test scores of all tasks; all of them are better when higher."""
-    assert not {task["metric"] for task in summary["tasks"].values()} & LOWER
-    return statistics.mean(task["test"] for task in summary["tasks"].values())
-
-
-def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[Row]:
+def rows_of(found: dict[str, list[Summary]]) -> list[Row]:
     """Mean over seeds of each grouping, measured against random; then the tasks one by one."""
-    means = {case: [mean_score(run) for run in runs] for case, runs in found.items()}
+    means = {case: [mean_score(run) for run in some] for case, some in found.items()}
     chance = [statistics.mean(values) for case, values in means.items() if case != "measured"]
     measured = statistics.mean(means["measured"])
-    rows = [row("mean of tasks, measured groups", means["measured"], target=statistics.mean(chance))]
-    rows += [row(f"mean of tasks, {case}", values) for case, values in means.items() if case != "measured"]
-    rows.append(row("mean of tasks, random groups", chance))
+    rows = [row("mean of tasks, measured groups", SCORE, means["measured"], target=statistics.mean(chance))]
+    rows += [row(f"mean of tasks, {case}", SCORE, values) for case, values in means.items() if case != "measured"]
+    rows.append(row("mean of tasks, random groups", SCORE, chance))
     beaten = sum(measured > value for value in chance) / len(chance)
     rows.append(Row(case="random groups that measured groups beat", metric="share", value=beaten, target=0.5))
     for task in found["measured"][0]["tasks"]:
         for kind in ("measured", "random"):
-            runs = [run for case, some in found.items() if case.startswith(kind) for run in some]
-            rows.append(row(f"{task}, {kind} groups", [run["tasks"][task]["test"] for run in runs]))
-    sizes = sorted({float(run["params_total"]) for runs in found.values() for run in runs})
+            values = [run["tasks"][task]["test"] for case in found if case.startswith(kind) for run in found[case]]
+            rows.append(row(f"{task}, {kind} groups", SCORE, values))
+    sizes = sorted({float(run["params_total"]) for some in found.values() for run in some})
     assert len(sizes) == 1, "groupings of other sizes"
     rows.append(Row(case="every grouping", metric="parameters", value=sizes[0], better="lower"))
     return rows
 
 
-def row(case: str, values: list[float], *, target: float | None = None) -> Row:
-    """Mean and deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Row(case=case, metric="test score", value=statistics.mean(values), deviation=deviation, target=target)
-
-
-def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def compare(folder: Path, pool: ThreadPoolExecutor, arguments: argparse.Namespace) -> dict[str, list[Summary]]:
     """case -> summaries, in the order of the seeds."""
     loaded = recipe(folder, steps=arguments.steps)
     subject = Subject(loaded, *learn_modalities(loaded))
@@ -126,9 +89,8 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, list[dict[
         paths[case] = folder / f"{case.replace(' ', '_')}.yaml"
         save_config(replace(loaded, config=regroup(loaded.config, groups, subject.tasks)), paths[case])
     jobs = [(case, seed) for seed in arguments.seeds for case in cases]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        done = list(pool.map(lambda job: train(paths[job[0]], folder / f"{paths[job[0]].stem}-{job[1]}", job[1]), jobs))
-    found: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
+    done = list(pool.map(lambda job: train(paths[job[0]], job[1]), jobs))
+    found: dict[str, list[Summary]] = {case: [] for case in cases}
     for (case, _), summary in zip(jobs, done, strict=True):
         found[case].append(summary)
     return found
@@ -144,8 +106,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="samples of a task that heterogeneity is measured on")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        found = compare(Path(temporary), arguments)
+    with runs.two_at_a_time(None) as (folder, pool):
+        found = compare(folder, pool, arguments)
     rows = rows_of(found)
     path = record.write("heterogeneity", rows, seeds=arguments.seeds, seconds=time.perf_counter() - start)
     from benchmarks.tables import show

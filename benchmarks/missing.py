@@ -12,20 +12,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmarks import record
+from benchmarks import record, runs
 from benchmarks.record import Row
+from benchmarks.runs import ROOT, deviation, moemm, row
 
-ROOT = Path(__file__).parents[1]
 PLAIN, FULL = "as it is", "dropout + predict"
 DROPOUT = {"modality_dropout": 0.3}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -75,9 +69,8 @@ def run(job: Job, file: Path, folder: Path, *, epochs: float) -> Result:
     output = folder / f"{task}_{variant.replace(' ', '')}_{seed}"
     found = output / "missing.json"
     if not found.exists():
-        path = output.with_suffix(".yaml")
         values = recipe(task, file, variant, seed=seed, epochs=epochs, output=output)
-        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        path = runs.write_config(output.with_suffix(".yaml"), values)
         moemm("train", str(path), "--resume")
         found.write_text(moemm("evaluate", str(output), "--missing", "all", "--json"), encoding="utf-8")
     result: Result = json.loads(found.read_text(encoding="utf-8"))["tasks"][task]
@@ -85,22 +78,11 @@ def run(job: Job, file: Path, folder: Path, *, epochs: float) -> Result:
     return result
 
 
-def moemm(*arguments: str) -> str:
-    """What `moemm` prints for these arguments, on one core."""
-    command = [sys.executable, "-m", "moemm", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        output = f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{output}")
-    return done.stdout
-
-
 def rows_of(task: str, found: dict[str, list[Result]]) -> list[Row]:
     """Mean over subsets, score of the complete set and each subset; the gain against its target."""
     metric = f"test {found[PLAIN][0]['metric']}"
-    means = {variant: [one["mean"] for one in runs] for variant, runs in found.items()}
-    full = {variant: [one["complete"] for one in runs] for variant, runs in found.items()}
+    means = {variant: [one["mean"] for one in some] for variant, some in found.items()}
+    full = {variant: [one["complete"] for one in some] for variant, some in found.items()}
     gains = [with_it - without for with_it, without in zip(means[FULL], means[PLAIN], strict=True)]
     spread = max((deviation(means[variant]) or 0.0 for variant in (FULL, PLAIN)), default=0.0)
     wanted = 2 * spread if len(gains) > 1 else None
@@ -114,16 +96,6 @@ def rows_of(task: str, found: dict[str, list[Result]]) -> list[Row]:
             values = [one["subsets"][number]["value"] for one in found[variant]]
             rows.append(row(f"{task}, {variant}", f"{metric}, {' + '.join(subset['present'])}", values))
     return rows
-
-
-def row(case: str, metric: str, values: list[float], *, target: float | None = None) -> Row:
-    """Mean and deviation over seeds."""
-    return Row(case=case, metric=metric, value=statistics.mean(values), deviation=deviation(values), target=target)
-
-
-def deviation(values: list[float]) -> float | None:
-    """Sample deviation; None for one value."""
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def files() -> dict[str, Path]:
@@ -147,9 +119,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began, data = time.perf_counter(), files()
     jobs = [(task, variant, seed) for task in data for seed in arguments.seeds for variant in VARIANTS]
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(max_workers=2) as pool:
-        folder = arguments.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with runs.two_at_a_time(arguments.folder) as (folder, pool):
         epochs = {task: arguments.share * number for task, number in EPOCHS.items()}
         results = list(pool.map(lambda job: run(job, data[job[0]], folder, epochs=epochs[job[0]]), jobs))
     rows = []

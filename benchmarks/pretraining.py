@@ -1,4 +1,5 @@
-"""What pretraining without labels gains where few labels are known: the ten core tasks of the suite, 5 % of the labels.
+"""What pretraining without labels gains where few labels are known: 5 % of those of the ten core tasks of the suite
+(configs/base/core.yaml).
 
     MOEMM_SUITE=FOLDER python -m benchmarks.pretraining        # about 20 minutes on 2 idle cores
 
@@ -10,35 +11,15 @@ both. Two runs go at a time, a core each.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmarks import record
+from benchmarks import record, runs
 from benchmarks.record import Row
+from benchmarks.runs import Summary, mean_score, row
 
-TASKS: dict[str, dict[str, Any]] = {
-    "digits_hard": {"rename": {"audio": "voice", "image": "digit"}},
-    "avclip": {"rename": {"video": "clip"}},
-    "stamps": {},
-    "match": {"rename": {"speech": "utterance"}},
-    "watch": {},
-    "eeg": {},
-    "pbc": {},
-    "reviews": {},
-    "actions": {},
-    "vowels": {},
-}
 SHARE = 0.05
-Summary = dict[str, Any]
 MODEL = {
     "dim": 64,
     "layers": 2,
@@ -52,14 +33,6 @@ MODEL = {
         ]
     },
 }
-MODALITIES = {
-    "digit": {"patch": [7, 7]},
-    "clip": {"patch": [2, 8, 8]},
-    "speech": {"patch": [4]},
-    "utterance": {"patch": [4]},
-    "text": {"max_tokens": 64, "vocab_size": 4096},
-    "text_local": {"max_tokens": 64, "vocab_size": 4096},
-}
 OBJECTIVES = {
     "supervised": {"weight": 0.0},
     "masked": {"weight": 1.0, "ratio": 0.4, "cross_modal": 0.15},
@@ -72,12 +45,11 @@ FINETUNE = {"lr": 4.0e-3, "weight_decay": 0.1, "warmup": 0.1, "label_smoothing":
 
 def config(suite: Path, output: Path, *, seed: int, steps: int, **sections: dict[str, Any]) -> dict[str, Any]:
     """One run as a configuration; sections: `objectives`, and more keys of `data` and `train`."""
-    tasks = [{"name": name, "file": f"{name}.h5", **extra} for name, extra in TASKS.items()]
     train = {"output": str(output), "steps": steps, "seed": seed, "batch_size": 64, "log_every": 50, "baselines": False}
     return {
+        "base": [str(runs.CORE)],
         "name": output.name,
-        "data": {"root": str(suite), "tasks": tasks, "temperature": 2.0, "num_workers": 0, **sections.get("data", {})},
-        "modalities": MODALITIES,
+        "data": {"root": str(suite), "num_workers": 0, **sections.get("data", {})},
         "model": MODEL,
         "objectives": sections.get("objectives", {}),
         "train": {**train, **sections.get("train", {})},
@@ -85,21 +57,9 @@ def config(suite: Path, output: Path, *, seed: int, steps: int, **sections: dict
 
 
 def run(values: dict[str, Any]) -> Summary:
-    """Train in a process of its own, one thread; a run that is finished is not run again."""
+    """The summary of one run."""
     output = Path(values["train"]["output"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    summary = output / "summary.json"
-    if not summary.exists():
-        path = output.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        command = [sys.executable, "-W", "ignore", "-m", "moemm", "train", str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr}")
-    found: Summary = json.loads(summary.read_text(encoding="utf-8"))
-    print(output.name, round(found["seconds"]), "s, mean", round(mean_score(found), 4), flush=True)
-    return found
+    return runs.train(output, str(runs.write_config(output.with_suffix(".yaml"), values)))
 
 
 def run_seed(suite: Path, folder: Path, seed: int, steps: tuple[int, int]) -> dict[str, Summary]:
@@ -114,11 +74,6 @@ def run_seed(suite: Path, folder: Path, seed: int, steps: tuple[int, int]) -> di
     return found
 
 
-def mean_score(summary: Summary) -> float:
-    """Mean of the test scores over the tasks."""
-    return statistics.mean(task["test"] for task in summary["tasks"].values())
-
-
 def rows_of(found: list[dict[str, Summary]]) -> list[Row]:
     """The means with pretraining against those from scratch, then each task."""
     means = {kind: [mean_score(one[kind]) for one in found] for kind in ("finetune", "scratch")}
@@ -129,18 +84,12 @@ def rows_of(found: list[dict[str, Summary]]) -> list[Row]:
         row("mean of 10 tasks, 5 % of the labels, from scratch", "test score", means["scratch"]),
         row("mean of 10 tasks, pretrained - from scratch", "gain of a seed", gains, target=0.0),
     ]
-    for task in TASKS:
+    for task in found[0]["scratch"]["tasks"]:
         metric = found[0]["scratch"]["tasks"][task]["metric"]
         for kind, text in (("finetune", "pretrained"), ("scratch", "from scratch")):
             values = [one[kind]["tasks"][task]["test"] for one in found]
             rows.append(row(f"{task}, {text}", f"test {metric}", values))
     return rows
-
-
-def row(case: str, metric: str, values: list[float], *, target: float | None = None) -> Row:
-    """Mean and deviation over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Row(case=case, metric=metric, value=statistics.mean(values), deviation=deviation, target=target)
 
 
 def main() -> None:
@@ -152,11 +101,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the runs here; those that are finished are not run again")
     parser.add_argument("--dry", action="store_true", help="print the table, write no result")
     options = parser.parse_args()
-    if "MOEMM_SUITE" not in os.environ:
-        raise SystemExit("MOEMM_SUITE is not set: give the folder of the suite's HDF5 files")
-    suite, steps = Path(os.environ["MOEMM_SUITE"]).resolve(), (options.pretrain_steps, options.finetune_steps)
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(max_workers=2) as pool:
-        folder = (options.folder or Path(temporary)).resolve()
+    suite, steps = runs.suite(), (options.pretrain_steps, options.finetune_steps)
+    with runs.two_at_a_time(options.folder) as (folder, pool):
         found = list(pool.map(lambda seed: run_seed(suite, folder, seed, steps), options.seeds))
     rows = rows_of(found)
     if options.dry:

@@ -9,55 +9,31 @@ is the one stated.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from benchmarks import record
+from benchmarks import record, runs
 from benchmarks.record import Row
+from benchmarks.runs import Summary, mean_score, row
 
-RECIPE = "configs/recipes/quickstart.yaml"
+RECIPE = str(runs.ROOT / "configs" / "recipes" / "quickstart.yaml")
 TARGETS = {"digits_hard": 0.93, "avclip": 0.85, "watch": 0.82, "vowels": 0.97, "adult": 0.89, "reviews": 0.82}
 SECONDS = 360.0
-Summary = dict[str, Any]
 
 
 def train(folder: Path, *, moe: str, seed: int, alone: bool = False) -> Summary:
-    """The summary of one run in a process of its own."""
+    """The summary of one run; alone, it may take every core."""
     output = folder / f"{moe}_{seed}"
-    if (output / "summary.json").exists():
-        return read_summary(output)
-    command = [sys.executable, "-m", "moemm", "train", RECIPE, "--model.moe", moe]
-    command += ["--train.seed", str(seed), "--train.output", str(output)]
-    environment = dict(os.environ) if alone else {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
-    summary = read_summary(output)
-    print(moe, seed, {name: round(task["test"], 3) for name, task in summary["tasks"].items()}, flush=True)
-    return summary
+    command = [RECIPE, "--model.moe", moe, "--train.seed", str(seed), "--train.output", str(output)]
+    return runs.train(output, *command, one_core=not alone)
 
 
-def read_summary(output: Path) -> Summary:
-    """What a finished run left behind."""
-    summary: Summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    return summary
-
-
-def train_all(folder: Path, seeds: list[int]) -> dict[str, list[Summary]]:
+def train_all(folder: Path, pool: ThreadPoolExecutor, seeds: list[int]) -> dict[str, list[Summary]]:
     """moe -> summaries, in the order of the seeds."""
     timed = ("sparse", seeds[0])
     rest = [(moe, seed) for seed in seeds for moe in ("sparse", "dense") if (moe, seed) != timed]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        done = list(pool.map(lambda job: train(folder, moe=job[0], seed=job[1]), rest))
+    done = list(pool.map(lambda job: train(folder, moe=job[0], seed=job[1]), rest))
     found: dict[str, list[Summary]] = {"sparse": [], "dense": []}
     found["sparse"].append(train(folder, moe="sparse", seed=seeds[0], alone=True))
     for (moe, _), summary in zip(rest, done, strict=True):
@@ -69,13 +45,13 @@ def rows_of(found: dict[str, list[Summary]]) -> list[Row]:
     """A row a task and figure: sparse against its target, dense, scikit-learn; then time and size."""
     rows = []
     for task, target in TARGETS.items():
-        scores = {moe: [run["tasks"][task]["test"] for run in runs] for moe, runs in found.items()}
+        scores = {moe: [run["tasks"][task]["test"] for run in some] for moe, some in found.items()}
         metric = found["sparse"][0]["tasks"][task]["metric"]
         for moe, values in scores.items():
             goal = target if moe == "sparse" else None
             rows.append(row(f"{task}, {moe}", f"test {metric}", values, target=goal))
         rows.append(Row(case=f"{task}, scikit-learn", metric=f"test {metric}", value=baseline(found, task)))
-    means = {moe: [mean_score(run) for run in runs] for moe, runs in found.items()}
+    means = {moe: [mean_score(run) for run in some] for moe, some in found.items()}
     rows.append(row("mean of tasks, dense", "test score", means["dense"]))
     rows.append(row("mean of tasks, sparse", "test score", means["sparse"], target=statistics.mean(means["dense"])))
     mean_baseline = statistics.mean(baseline(found, task) for task in TARGETS)
@@ -83,22 +59,11 @@ def rows_of(found: dict[str, list[Summary]]) -> list[Row]:
     first = found["sparse"][0]
     rows.append(Row(case="training", metric="time", value=first["seconds"], unit="s", better="lower", target=SECONDS))
     rows.append(Row(case="training", metric="throughput", value=first["tokens_per_second"], unit="tokens/s"))
-    for moe, runs in found.items():
+    for moe, some in found.items():
         for kind in ("total", "active"):
-            value = float(runs[0][f"params_{kind}"])
+            value = float(some[0][f"params_{kind}"])
             rows.append(Row(case=f"model, {moe}", metric=f"{kind} parameters", value=value, better="lower"))
     return rows
-
-
-def row(case: str, metric: str, values: list[float], *, target: float | None = None) -> Row:
-    """Mean and deviation over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Row(case=case, metric=metric, value=statistics.mean(values), deviation=deviation, target=target)
-
-
-def mean_score(run: Summary) -> float:
-    """Mean of the test scores of all tasks (all are better when higher)."""
-    return statistics.mean(task["test"] for task in run["tasks"].values())
 
 
 def baseline(found: dict[str, list[Summary]], task: str) -> float:
@@ -112,13 +77,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, help="keep the runs here; those that are finished are not run again")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        found = train_all(arguments.folder or Path(temporary), arguments.seeds)
+    with runs.two_at_a_time(arguments.folder) as (folder, pool):
+        found = train_all(folder, pool, arguments.seeds)
     path = record.write(
         "quickstart",
         rows_of(found),
         seeds=arguments.seeds,
-        seconds=sum(run["seconds"] for runs in found.values() for run in runs),
+        seconds=sum(run["seconds"] for some in found.values() for run in some),
     )
     from benchmarks.tables import show
 
