@@ -11,10 +11,11 @@ from moemm.analyze.cluster import agglomerate, cut, largest_jump
 from moemm.analyze.grouping import largest_number, parameters, regroup
 from moemm.analyze.matrix import Transfer
 from moemm.analyze.pvi import Effort, pairs_of, transfer_between
-from moemm.analyze.zero_shot import TrainedRun, exchange_experts
+from moemm.analyze.zero_shot import exchange_experts
 from moemm.config import Config, LoadedConfig, save_config
 from moemm.data.catalogue import Catalogue
 from moemm.errors import ConfigError
+from moemm.evaluate import TrainedRun
 from moemm.modalities import ModalitySpec
 
 FOLDER, FILE = "heterogeneity", "grouped.yaml"

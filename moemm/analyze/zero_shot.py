@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,43 +11,13 @@ from torch import nn
 from moemm.analyze.bits import bits
 from moemm.analyze.matrix import Transfer
 from moemm.analyze.units import draw, pack
-from moemm.config import Config
-from moemm.data.catalogue import Catalogue, TaskInfo
+from moemm.data.catalogue import TaskInfo
 from moemm.data.sample import PackedBatch
 from moemm.errors import DataError
-from moemm.modalities import ModalitySpec
+from moemm.evaluate import TrainedRun
 from moemm.moe import redirected
 
 Cell = tuple[TaskInfo, list[PackedBatch]]
-
-
-class TrainedRun(Protocol):
-    """What moemm.train.load_run gives."""
-
-    @property
-    def config(self) -> Config:
-        """The run's configuration."""
-        ...
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """Tasks and modalities."""
-        ...
-
-    @property
-    def specs(self) -> Mapping[str, ModalitySpec]:
-        """Specs of the modalities, in order."""
-        ...
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, in eval mode."""
-        ...
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        ...
 
 
 def exchange_experts(

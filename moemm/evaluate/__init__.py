@@ -5,7 +5,7 @@ from moemm.evaluate.cost import Cost, count_cost
 from moemm.evaluate.metrics import METRICS, score
 from moemm.evaluate.missing import evaluate_subsets, subsets_csv
 from moemm.evaluate.reuse import causal_reuse, loss_of
-from moemm.evaluate.run import evaluate_run, render
+from moemm.evaluate.run import TrainedRun, evaluate_run, render
 from moemm.evaluate.scoring import EvaluationPlan, TaskScore, evaluate_model, scores_to_dict
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Cost",
     "EvaluationPlan",
     "TaskScore",
+    "TrainedRun",
     "baseline",
     "causal_reuse",
     "count_cost",

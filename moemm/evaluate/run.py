@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import nn
 
+from moemm.config import Config
 from moemm.data.catalogue import Catalogue
 from moemm.evaluate.missing import evaluate_subsets, render_subsets
 from moemm.evaluate.scoring import EvaluationPlan, evaluate_model, scores_to_dict
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 class TrainedRun(Protocol):
     """What moemm.train.load_run gives."""
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        ...
 
     @property
     def catalogue(self) -> Catalogue:

@@ -10,9 +10,8 @@ from typing import Any, cast
 
 from moemm.checkpoint.files import write_text_atomic
 from moemm.errors import CheckpointError
-from moemm.evaluate import causal_reuse, count_cost, evaluate_model, evaluate_subsets
+from moemm.evaluate import TrainedRun, causal_reuse, count_cost, evaluate_model, evaluate_subsets
 from moemm.evaluate.reuse import plan_of
-from moemm.evaluate.run import TrainedRun
 from moemm.models import Model
 from moemm.observe import sections as part
 from moemm.observe.history import History
