@@ -1,7 +1,6 @@
 // route_topk: from logits to gates, expert ids and the sums that the losses need, in one pass over the logits.
 // T tokens, E experts, K chosen, M modalities.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -24,22 +23,6 @@ constexpr int64_t kChunk = 512;
 struct Options {
   bool sigmoid, renormalise;
   int64_t top_k;
-};
-
-// The argument tensors, dense.
-struct Inputs {
-  at::Tensor logits, modality, allowed, bias;
-  int64_t num_tokens, num_experts, num_modalities;
-
-  Inputs(const at::Tensor& logits_, const at::Tensor& modality_, const at::Tensor& allowed_,
-         const std::optional<at::Tensor>& bias_)
-      : logits(with_dense_rows(logits_)),
-        modality(modality_.contiguous()),
-        allowed(allowed_.contiguous()),
-        bias(bias_ ? bias_->to(accumulator_of(logits_.scalar_type())).contiguous() : at::Tensor()),
-        num_tokens(logits_.size(0)),
-        num_experts(logits_.size(1)),
-        num_modalities(allowed_.size(0)) {}
 };
 
 // Sums and maxima are kept in this many lanes, each taking every 16th expert: the order of a sum does not depend on the
@@ -93,7 +76,7 @@ struct Tables {
   std::vector<acc_t> dshare;            // gradients of prob
   int64_t width;
 
-  Tables(const Inputs& in, const acc_t* dprob) : served(in.num_modalities, 0), width(padded(in.num_experts)) {
+  Tables(const RouteInputs& in, const acc_t* dprob) : served(in.num_modalities, 0), width(padded(in.num_experts)) {
     const auto* given = in.allowed.const_data_ptr<bool>();
     allowed.resize(in.num_modalities * width, 0);
     dshare.resize(dprob == nullptr ? 0 : in.num_modalities * width, 0);
@@ -239,7 +222,7 @@ void add_chunks(const at::Tensor& chunks, at::Tensor& sums) {
 }
 
 template <typename scalar_t>
-void forward(const char* op, const Inputs& in, const Options& options, RouteResults& out) {
+void forward(const char* op, const RouteInputs& in, const Options& options, RouteResults& out) {
   using acc_t = Accumulator<scalar_t>;
   const int64_t num_chunks = (in.num_tokens + kChunk - 1) / kChunk, count = in.num_experts, top_k = options.top_k;
   const int64_t size = in.num_modalities * count, num_sums = out.sums.numel(), stride = in.logits.stride(0);
@@ -321,13 +304,8 @@ MOEMM_SIMD void logit_gradients(scalar_t* __restrict__ out, const Row<acc_t>& ro
   }
 }
 
-// Gradients of route_topk's outputs, and what it chose; dense.
-struct Incoming {
-  at::Tensor dgates, dprob, dz, experts;
-};
-
 template <typename scalar_t>
-void backward(const char* op, const Inputs& in, const Options& options, const Incoming& given, at::Tensor& out) {
+void backward(const char* op, const RouteInputs& in, const Options& options, RouteGradients& given) {
   using acc_t = Accumulator<scalar_t>;
   const int64_t count = in.num_experts, top_k = options.top_k, stride = in.logits.stride(0);
   const Tables<acc_t> tables(in, given.dprob.const_data_ptr<acc_t>());
@@ -335,7 +313,7 @@ void backward(const char* op, const Inputs& in, const Options& options, const In
   const auto* logits = in.logits.const_data_ptr<scalar_t>();
   const auto* experts = given.experts.const_data_ptr<int64_t>();
   const auto *dgates = given.dgates.const_data_ptr<acc_t>(), *dz = given.dz.const_data_ptr<acc_t>();
-  auto* dlogits = out.mutable_data_ptr<scalar_t>();
+  auto* dlogits = given.dlogits.mutable_data_ptr<scalar_t>();
   at::parallel_for(0, in.num_tokens, kChunk, [&](int64_t begin, int64_t end) {
     Row<acc_t> row(count);
     for (int64_t token = begin; token < end; ++token) {
@@ -356,7 +334,7 @@ RouteOutputs route_topk(const at::Tensor& logits, const at::Tensor& modality, co
                         const std::optional<at::Tensor>& bias, int64_t top_k, c10::string_view kind, bool renormalise) {
   constexpr const char* op = "moemm::route_topk";
   check_route(op, logits, modality, allowed, bias, top_k, kind);
-  const Inputs in(logits, modality, allowed, bias);
+  const RouteInputs in(logits, modality, allowed, bias);
   RouteResults results(logits, allowed, top_k);
   dispatch_values(logits, [&]<typename scalar_t>(std::type_identity<scalar_t>) {
     forward<scalar_t>(op, in, {kind == "sigmoid", renormalise, top_k}, results);
@@ -369,13 +347,12 @@ at::Tensor route_topk_backward(const at::Tensor& dgates, const at::Tensor& dprob
                                const at::Tensor& experts, c10::string_view kind, bool renormalise) {
   constexpr const char* op = "moemm::route_topk_backward";
   check_route_backward(op, dgates, dprob, dz, logits, modality, allowed, experts, kind);
-  const Inputs in(logits, modality, allowed, std::nullopt);
-  auto out = at::empty(logits.sizes(), logits.options().memory_format(at::MemoryFormat::Contiguous));
-  const Incoming given{dgates.contiguous(), dprob.contiguous(), dz.contiguous(), experts.contiguous()};
+  const RouteInputs in(logits, modality, allowed, std::nullopt);
+  RouteGradients given(dgates, dprob, dz, experts, logits);
   dispatch_values(logits, [&]<typename scalar_t>(std::type_identity<scalar_t>) {
-    backward<scalar_t>(op, in, {kind == "sigmoid", renormalise, experts.size(1)}, given, out);
+    backward<scalar_t>(op, in, {kind == "sigmoid", renormalise, experts.size(1)}, given);
   });
-  return out;
+  return given.dlogits;
 }
 
 }  // namespace

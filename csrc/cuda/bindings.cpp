@@ -170,31 +170,28 @@ RouteOutputs route_topk(const at::Tensor& logits, const at::Tensor& modality, co
   check_route(op, logits, modality, allowed, bias, top_k, kind);
   check_route_size(op, logits, allowed);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const auto logits_dense = with_dense_rows(logits);
-  const auto modality_dense = modality.contiguous(), allowed_dense = allowed.contiguous();
-  const auto wide = logits.options().dtype(accumulator_of(logits.scalar_type()));
-  const auto bias_dense = bias ? bias->to(wide.dtype()).contiguous() : at::Tensor();
-  const int64_t num_tokens = logits.size(0);
+  const RouteInputs in(logits, modality, allowed, bias);
   RouteResults results(logits, allowed, top_k);
-  auto rows = at::empty({num_tokens, 2}, wide);
-  auto chunks = at::empty({(num_tokens + kRouteChunk - 1) / kRouteChunk, results.sums.numel()}, wide);
+  auto rows = at::empty({in.num_tokens, 2}, results.sums.options());
+  const int64_t num_chunks = (in.num_tokens + kRouteChunk - 1) / kRouteChunk;
+  auto chunks = at::empty({num_chunks, results.sums.numel()}, results.sums.options());
   const RouteArguments arguments{
       .element = element_of(logits),
       .sigmoid = kind == "sigmoid",
       .renormalise = renormalise,
-      .logits = logits_dense.const_data_ptr(),
-      .modality = modality_dense.const_data_ptr<int64_t>(),
-      .allowed = allowed_dense.const_data_ptr<bool>(),
-      .bias = bias ? bias_dense.const_data_ptr() : nullptr,
+      .logits = in.logits.const_data_ptr(),
+      .modality = in.modality.const_data_ptr<int64_t>(),
+      .allowed = in.allowed.const_data_ptr<bool>(),
+      .bias = in.bias.defined() ? in.bias.const_data_ptr() : nullptr,
       .gates = results.gates.mutable_data_ptr(),
       .experts = results.experts.mutable_data_ptr<int64_t>(),
       .rows = rows.mutable_data_ptr(),
       .chunks = chunks.mutable_data_ptr(),
       .sums = results.sums.mutable_data_ptr(),
-      .logits_stride = logits_dense.stride(0),
-      .num_tokens = num_tokens,
-      .num_experts = logits.size(1),
-      .num_modalities = allowed.size(0),
+      .logits_stride = in.logits.stride(0),
+      .num_tokens = in.num_tokens,
+      .num_experts = in.num_experts,
+      .num_modalities = in.num_modalities,
       .top_k = top_k,
   };
   C10_CUDA_CHECK(launch_route_topk(arguments, c10::cuda::getCurrentCUDAStream()));
@@ -208,31 +205,28 @@ at::Tensor route_topk_backward(const at::Tensor& dgates, const at::Tensor& dprob
   check_route_backward(op, dgates, dprob, dz, logits, modality, allowed, experts, kind);
   check_route_size(op, logits, allowed);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const auto logits_dense = with_dense_rows(logits);
-  const auto dgates_dense = dgates.contiguous(), dprob_dense = dprob.contiguous(), dz_dense = dz.contiguous();
-  const auto modality_dense = modality.contiguous(), allowed_dense = allowed.contiguous();
-  const auto experts_dense = experts.contiguous();
-  auto out = at::empty(logits.sizes(), logits.options().memory_format(at::MemoryFormat::Contiguous));
+  const RouteInputs in(logits, modality, allowed, std::nullopt);
+  RouteGradients given(dgates, dprob, dz, experts, logits);
   const RouteBackwardArguments arguments{
       .element = element_of(logits),
       .sigmoid = kind == "sigmoid",
       .renormalise = renormalise,
-      .dgates = dgates_dense.const_data_ptr(),
-      .dprob = dprob_dense.const_data_ptr(),
-      .dz = dz_dense.const_data_ptr(),
-      .logits = logits_dense.const_data_ptr(),
-      .modality = modality_dense.const_data_ptr<int64_t>(),
-      .allowed = allowed_dense.const_data_ptr<bool>(),
-      .experts = experts_dense.const_data_ptr<int64_t>(),
-      .out = out.mutable_data_ptr(),
-      .logits_stride = logits_dense.stride(0),
-      .num_tokens = logits.size(0),
-      .num_experts = logits.size(1),
-      .num_modalities = allowed.size(0),
+      .dgates = given.dgates.const_data_ptr(),
+      .dprob = given.dprob.const_data_ptr(),
+      .dz = given.dz.const_data_ptr(),
+      .logits = in.logits.const_data_ptr(),
+      .modality = in.modality.const_data_ptr<int64_t>(),
+      .allowed = in.allowed.const_data_ptr<bool>(),
+      .experts = given.experts.const_data_ptr<int64_t>(),
+      .out = given.dlogits.mutable_data_ptr(),
+      .logits_stride = in.logits.stride(0),
+      .num_tokens = in.num_tokens,
+      .num_experts = in.num_experts,
+      .num_modalities = in.num_modalities,
       .top_k = experts.size(1),
   };
   C10_CUDA_CHECK(launch_route_topk_backward(arguments, c10::cuda::getCurrentCUDAStream()));
-  return out;
+  return given.dlogits;
 }
 
 }  // namespace
