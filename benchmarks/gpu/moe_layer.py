@@ -139,7 +139,7 @@ def measure(case: Case, device: str, rounds: int) -> list[Row]:
     for name in peers.WAYS:
         try:
             took, limit = setting.measure(name, rounds)
-        except Exception as error:
+        except peers.failures() as error:
             if name == OURS:
                 raise
             rows.append(rows_of(case, name, [], reason(error)))

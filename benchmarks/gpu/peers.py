@@ -1,7 +1,8 @@
 """Ways to run the experts of a layer on a GPU, all with the same weights. Each is made when its turn comes.
 
-A maker raises ImportError (a package that is not there) or whatever else keeps it from running; the benchmark writes
-that beside its row. T tokens, D width, F expert width, E experts, K slots a token.
+What keeps a way from running is one of failures(); the benchmark writes it beside its row.
+
+T tokens, D width, F expert width, E experts, K slots a token.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks import peers
 from moemm import ops
+from moemm.errors import KernelError
 from moemm.ops.reference import swiglu
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -36,6 +38,16 @@ class Way:
 
     forward: Forward
     parameters: list[torch.Tensor]
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a way raises that cannot run here: no such package, another version's interface, no memory or no kernel."""
+    known = (ImportError, AssertionError, AttributeError, RuntimeError, TypeError, ValueError, KernelError)
+    try:
+        from triton.errors import TritonError  # no RuntimeError: code that does not compile, too much shared memory
+    except ImportError:
+        return known
+    return (*known, TritonError)
 
 
 def _apart(weights: Weights) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

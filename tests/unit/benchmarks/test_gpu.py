@@ -73,6 +73,17 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mon
         moe_layer.measure(moe_layer.TINY[0], "cpu", rounds=1)
 
 
+def test_only_what_keeps_a_peer_from_running_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(error: Exception) -> peers.Way:
+        raise error
+
+    monkeypatch.setitem(peers.WAYS, "fails", lambda weights: fails(torch.OutOfMemoryError("no room")))
+    assert moe_layer.measure(moe_layer.TINY[0], "cpu", rounds=1)[-1].note == "OutOfMemoryError: no room"
+    monkeypatch.setitem(peers.WAYS, "fails", lambda weights: fails(KeyError("a mistake")))
+    with pytest.raises(KeyError, match="a mistake"):
+        moe_layer.measure(moe_layer.TINY[0], "cpu", rounds=1)
+
+
 @without_cuda
 @pytest.mark.parametrize("module", [kernels, moe_layer], ids=lambda module: module.__name__)
 def test_without_a_device_nothing_is_measured_or_written(module: object, results: Path) -> None:
