@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 
 from benchmarks.record import Row
+from moemm.evaluate.metrics import LOWER_IS_BETTER
 
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "configs" / "base" / "core.yaml"
 """The ten core tasks of the suite, for `base:`; their files are in the folder that suite() gives."""
-LOWER = {"rmse", "mae"}
 Summary = dict[str, Any]
 
 
@@ -74,7 +74,7 @@ def train(output: Path, *arguments: str, one_core: bool = True) -> Summary:
 
 def mean_score(summary: Summary) -> float:
     """Mean of the test scores of all tasks. Raises SystemExit where a score is better when lower."""
-    if found := {task["metric"] for task in summary["tasks"].values()} & LOWER:
+    if found := {task["metric"] for task in summary["tasks"].values()} & LOWER_IS_BETTER:
         raise SystemExit(f"no mean of scores that rise and scores that fall: {', '.join(sorted(found))}")
     return statistics.mean(task["test"] for task in summary["tasks"].values())
 

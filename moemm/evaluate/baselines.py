@@ -15,7 +15,7 @@ import numpy as np
 
 from moemm.data.catalogue import ModalityInfo, TaskInfo
 from moemm.data.sample import Sample, Table, Value
-from moemm.evaluate.metrics import LOWER_IS_BETTER, score
+from moemm.evaluate.metrics import direction, score
 
 MAX_NETWORK_COLUMNS = 1000
 """Joined columns up to which the network is tried."""
@@ -37,7 +37,7 @@ def baseline(
     best: dict[str, Any] = {}
     for name, outputs in _candidates(task, columns, targets["train"], seed=seed):
         scores = {split: score(task, outputs[split], targets[split]) for split in ("val", "test")}
-        sign = -1.0 if task.metric in LOWER_IS_BETTER else 1.0
+        sign = direction(task.metric)
         if not best or sign * scores["val"] > sign * best["val"]:
             best = {"model": name, **scores}
     return best

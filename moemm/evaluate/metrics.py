@@ -62,6 +62,11 @@ METRICS: dict[str, tuple[Score, TargetKind]] = {
 LOWER_IS_BETTER = frozenset({"rmse", "mae"})
 
 
+def direction(metric: str) -> int:
+    """1 where a higher score is better, -1 where a lower one is."""
+    return -1 if metric in LOWER_IS_BETTER else 1
+
+
 def score(task: TaskInfo, output_nC: np.ndarray, target: np.ndarray) -> float:
     """The task's metric of its outputs; NaN for no samples.
 

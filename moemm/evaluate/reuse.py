@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import cast
 
-from moemm.evaluate.metrics import LOWER_IS_BETTER
+from moemm.evaluate.metrics import direction
 from moemm.evaluate.run import TrainedRun
 from moemm.evaluate.scoring import EvaluationPlan, TaskScore, evaluate_model
 from moemm.modalities import prepare_functions
@@ -26,7 +26,7 @@ def loss_of(full: TaskScore, now: TaskScore) -> float | None:
     """By how much `now` is worse than `full`, in the metric's unit; None where one of them has no value."""
     if full.value is None or now.value is None:
         return None
-    return (now.value - full.value) if full.metric in LOWER_IS_BETTER else (full.value - now.value)
+    return (now.value - full.value) if direction(full.metric) < 0 else (full.value - now.value)
 
 
 def causal_reuse(

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from moemm.evaluate import Cost
-from moemm.evaluate.metrics import LOWER_IS_BETTER
+from moemm.evaluate.metrics import direction
 from moemm.models import Model
 from moemm.moe import Expert, ExpertMap, MoELayer
 from moemm.observe.chart import Chart
@@ -47,7 +47,7 @@ def scores_section(summary: Mapping[str, Any], messages: Sequence[str], reuse: R
     rows = []
     for name, task in summary["tasks"].items():
         base = (task.get("baseline") or {}).get("test")
-        gain = None if base is None or task["test"] is None else _sign(task["metric"]) * (task["test"] - base)
+        gain = None if base is None or task["test"] is None else direction(task["metric"]) * (task["test"] - base)
         cells = [
             Cell(text=task["metric"], align="l"),
             Cell(text=number(task["val"])),
@@ -71,7 +71,7 @@ def scores_section(summary: Mapping[str, Any], messages: Sequence[str], reuse: R
 def _losers(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, task in summary["tasks"].items():
         base = (task.get("baseline") or {}).get("test")
-        if base is not None and task["test"] is not None and _sign(task["metric"]) * (task["test"] - base) < 0:
+        if base is not None and task["test"] is not None and direction(task["metric"]) * (task["test"] - base) < 0:
             yield f"{name}: scikit-learn is ahead ({number(base)} against {number(task['test'])} {task['metric']})."
 
 
@@ -366,7 +366,7 @@ def _subset_table(
     losses: dict[str, float | None] = {}
     for name in names:
         now = found.get(tuple(other for other in names if other != name))
-        losses[name] = None if full is None or now is None else _sign(task["metric"]) * (full - now)
+        losses[name] = None if full is None or now is None else direction(task["metric"]) * (full - now)
     most = _largest(losses.values(), floor=_floor(task["metric"]))
     rows = []
     for name in names:
@@ -481,10 +481,6 @@ def about(summary: Mapping[str, Any], folder: str, step: int) -> list[tuple[str,
         ("commit", summary.get("commit") or "not recorded (moemm was not run from a git checkout)"),
         ("versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
     ]  # fmt: skip
-
-
-def _sign(metric: str) -> int:
-    return -1 if metric in LOWER_IS_BETTER else 1
 
 
 def _list(names: Sequence[str], most: int = 12) -> str:

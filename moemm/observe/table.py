@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moemm.evaluate.metrics import LOWER_IS_BETTER
+from moemm.evaluate.metrics import direction
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
@@ -34,7 +34,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
 def _colour(task: Mapping[str, Any], baseline: float | None) -> str:
     if baseline is None or task["test"] is None:
         return "default"
-    sign = -1 if task["metric"] in LOWER_IS_BETTER else 1
+    sign = direction(task["metric"])
     return "green" if sign * task["test"] >= sign * baseline else "yellow"
 
 
