@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
-from torch import nn
 
 from moemm.models import Model
-from moemm.moe import Expert, MoELayer, active_experts
+from moemm.moe import Expert, ExpertMap, active_experts
+from moemm.observe.expert_layers import ExpertLayers, expert_layers, layers_title, num_parameters
 
 _LETTERS = string.ascii_lowercase + string.ascii_uppercase
 Json = dict[str, Any]
@@ -32,7 +32,7 @@ def describe_model(model: Model) -> Json:
         "own": {"untie": model.config.untie, "latents": model.config.latents, "share": model.config.share},
         "tasks": list(model.map.tasks),
         "modalities": [_modality(model, name) for name in model.map.modalities],
-        "layers": list(_layers(model)),
+        "layers": [_layers(layers) for layers in expert_layers(model)],
     }
 
 
@@ -51,7 +51,7 @@ def render_experts(found: Mapping[str, Any], *, title: str) -> Group:
 
 def _modality(model: Model, name: str) -> Json:
     by_task = {task: model.active_parameters(name, task) for task in model.map.tasks}
-    tokenizer = _size(model.tokenizers[name]) + model.modality_D[name].numel()
+    tokenizer = num_parameters(model.tokenizers[name]) + model.modality_D[name].numel()
     return {
         "name": name,
         "kind": model.tokenizers[name].spec.kind,  # type: ignore[union-attr]
@@ -73,38 +73,23 @@ def _router(model: Model) -> Json:
     }
 
 
-def _layers(model: Model) -> Iterator[Json]:
-    """Layers with equal experts as one entry, in the order of the first of each."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for number, block in enumerate(model.trunk.blocks):
-        ids = tuple(e.id for e in block.ffn.map.experts) if isinstance(block.ffn, MoELayer) else ()
-        groups.setdefault(ids, []).append(number)
-    for numbers in groups.values():
-        ffn = model.trunk.blocks[numbers[0]].ffn
-        assert isinstance(ffn, nn.Module)
-        moe = ffn if isinstance(ffn, MoELayer) else None
-        yield {
-            "layers": numbers,
-            "experts": [_expert(model, moe, expert) for expert in moe.map.experts] if moe else [],
-            "router": _size(moe.router) if moe and moe.router is not None else 0,
-            "dense": None if moe else _size(ffn),
-        }
+def _layers(layers: ExpertLayers) -> Json:
+    here = layers.map
+    return {
+        "layers": list(layers.numbers),
+        "experts": [_expert(here, expert, layers.experts[expert.id]) for expert in here.experts] if here else [],
+        "router": layers.router,
+        "dense": None if here else layers.dense,
+    }
 
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _expert(model: Model, layer: MoELayer, expert: Expert) -> Json:
-    networks = {**layer.shared, **layer.experts}
-    network = networks.get(expert.id)  # zero experts have none
-    served = [name for name in model.map.modalities if expert.serves(name)]
+def _expert(here: ExpertMap, expert: Expert, parameters: int) -> Json:
     return {
         "id": expert.id,
         "kind": expert.kind,
         "width": expert.width,
-        "parameters": _size(network) if network is not None else 0,
-        "modalities": served,
+        "parameters": parameters,
+        "modalities": [name for name in here.modalities if expert.serves(name)],
         "tasks": None if expert.tasks is None else list(expert.tasks),
         "base": expert.base,
         "rank": expert.rank,
@@ -143,14 +128,12 @@ def _modality_table(found: Mapping[str, Any], codes: Mapping[str, str]) -> Table
 
 
 def _layer_table(layer: Mapping[str, Any], codes: Mapping[str, str]) -> Table | str:
-    numbers = ", ".join(map(str, layer["layers"]))
-    many = len(layer["layers"]) > 1
-    title = f"layer{'s' if many else ''} {numbers}"
+    title = layers_title(layer["layers"])
     if layer["dense"] is not None:
         return f"{title}: one dense network of {layer['dense']:,} parameters, for all"
     skills = any(expert["tasks"] for expert in layer["experts"])
     if layer["router"]:
-        title += f", {layer['router']:,} parameters of the router{' in each' if many else ''}"
+        title += f", {layer['router']:,} parameters of the router{' in each' if len(layer['layers']) > 1 else ''}"
     table = Table(title=f"\n{title}", title_justify="left")
     table.add_column("expert", overflow="fold")
     table.add_column("kind")

@@ -34,6 +34,11 @@ class RoutingNames:
         return cls(layers=layers, rows=rows, experts=experts, allowed_LME=allowed_LME)
 
 
+def row_name(modality: str, task: str | None) -> str:
+    """What a row of the expert map is called: `image`, `image in digits`."""
+    return modality if task is None else f"{modality} in {task}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterReport:
     """Sums over the tokens of a window, of all ranks; float64. They add up.

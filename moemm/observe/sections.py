@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from moemm.evaluate import Cost
 from moemm.evaluate.metrics import direction
 from moemm.models import Model
-from moemm.moe import Expert, ExpertMap, MoELayer
+from moemm.moe import Expert, ExpertMap
 from moemm.observe.chart import Chart
 from moemm.observe.colour import level, side
+from moemm.observe.expert_layers import ExpertLayers, expert_layers, layers_title
 from moemm.observe.history import History
 from moemm.observe.page import Cell, Section, flow, heading, notes, panels, paragraph, scale, table
-from moemm.observe.routing import RouterReport, RoutingNames
+from moemm.observe.routing import RouterReport, RoutingNames, row_name
 from moemm.observe.table import duration, number
 
 RECENT = 0.2
@@ -91,13 +91,17 @@ def map_section(model: Model) -> Section:
     if model.config.moe != "sparse":
         body = paragraph("This model is dense: one network in each layer, for all tokens.")
     else:
-        body = "".join(_layer_table(model, numbers) for numbers in _equal_layers(model))
+        body = "".join(map(_layer_table, expert_layers(model)))
     total = model.num_parameters()[0]
     rows = []
     for modality, task in model.map.rows:
         active = model.active_parameters(modality, task)
-        name = modality if task is None else f"{modality} in {task}"
-        rows.append((name, [Cell(text=f"{active:,}"), Cell(text=f"{active / total:.0%}", bar=active / total)]))
+        rows.append(
+            (
+                row_name(modality, task),
+                [Cell(text=f"{active:,}"), Cell(text=f"{active / total:.0%}", bar=active / total)],
+            )
+        )
     body += heading(f"Parameters that a token passes through, of {total:,} in all")
     body += table(["modality", "active", "share of all"], rows, label="Active parameters of each modality")
     return Section(
@@ -110,50 +114,39 @@ def map_section(model: Model) -> Section:
     )
 
 
-def _equal_layers(model: Model) -> list[list[int]]:
-    """Layers with the same experts, together."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for number_, block in enumerate(model.trunk.blocks):
-        ids = tuple(expert.id for expert in block.ffn.map.experts) if isinstance(block.ffn, MoELayer) else ()
-        groups.setdefault(ids, []).append(number_)
-    return list(groups.values())
-
-
-def _layer_table(model: Model, layers: Sequence[int]) -> str:
-    ffn = model.trunk.blocks[layers[0]].ffn
-    assert isinstance(ffn, MoELayer)
-    networks: dict[str, nn.Module] = {**ffn.shared, **ffn.experts}
-
-    def size(expert: Expert) -> int:
-        found = networks.get(expert.id)
-        return sum(p.numel() for p in found.parameters()) if found is not None else 0
-
-    columns = _columns(ffn.map, size)
-    heads = [_head(group, ffn.map) for group in columns]
+def _layer_table(layers: ExpertLayers) -> str:
+    here = layers.map
+    assert here is not None, "every layer of a sparse model has experts"
+    columns = _columns(here, layers.experts)
+    heads = [_head(group, here) for group in columns]
     facts: dict[str, list[str]] = {
         "kind": [group[0].kind for group in columns],
-        "parameters each": [f"{size(group[0]):,}" for group in columns],
+        "parameters each": [f"{layers.experts[group[0].id]:,}" for group in columns],
     }
     rows = [(name, [Cell(text=text, align="c", faint=True) for text in texts]) for name, texts in facts.items()]
-    for modality, task in ffn.map.rows:
-        name = modality if task is None else f"{modality} in {task}"
+    for modality, task in here.rows:
+        name = row_name(modality, task)
         rows.append((name, [_right(name, group, modality, task) for group in columns]))
-    title = f"Layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+    title = layers_title(layers.numbers).capitalize()
     return heading(title) + table(["modality", *heads], rows, label=f"Expert map, {title}")
 
 
-def _columns(layer_map: ExpertMap, size: Callable[[Expert], int]) -> list[list[Expert]]:
+def _columns(layer_map: ExpertMap, sizes: Mapping[str, int]) -> list[list[Expert]]:
     """Experts beside each other in one column: alike and for the same rows, or alike and each for rows of its own."""
     columns: list[list[Expert]] = []
     for expert in layer_map.experts:
         last = columns[-1] if columns else []
-        if last and (last[0].kind, last[0].role, size(last[0])) == (expert.kind, expert.role, size(expert)):
+        if last and _likeness(last[0], sizes) == _likeness(expert, sizes):
             own, before = _rows(expert, layer_map), [_rows(other, layer_map) for other in last]
             if all(own == other for other in before) or all(not own & other for other in before):
                 last.append(expert)
                 continue
         columns.append([expert])
     return columns
+
+
+def _likeness(expert: Expert, sizes: Mapping[str, int]) -> tuple[str, str, int]:
+    return expert.kind, expert.role, sizes[expert.id]
 
 
 def _rows(expert: Expert, layer_map: ExpertMap) -> frozenset[tuple[str, str | None]]:

@@ -9,7 +9,7 @@ from moemm.config.schema import RouterConfig
 from moemm.distributed import sum_over_ranks
 from moemm.models.trunk import Trunk
 from moemm.moe import RouterStats
-from moemm.observe.routing import RouterReport, RoutingNames
+from moemm.observe.routing import RouterReport, RoutingNames, row_name
 
 PARTS = ("load_LME", "prob_LME", "dropped_LM", "tokens_M")
 
@@ -21,7 +21,7 @@ def routing_names(trunk: Trunk) -> RoutingNames | None:
         return None
     return RoutingNames(
         layers=tuple(trunk.routed_layers),
-        rows=tuple(modality if task is None else f"{modality} in {task}" for modality, task in trunk.map.rows),
+        rows=tuple(row_name(*row) for row in trunk.map.rows),
         experts=tuple(expert.id for expert in trunk.map.of_role("routed")),
         allowed_LME=allowed_LME.cpu().numpy(),
     )
