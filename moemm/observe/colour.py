@@ -45,3 +45,8 @@ def _luminance(colour: Colour) -> float:
     """Relative luminance (WCAG 2)."""
     red, green, blue = ((c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+LEVEL_STEPS = [level(step / 6) for step in range(7)]
+SIDE_STEPS = [side(step / 3 - 1) for step in range(7)]
+"""Colours of the two scales from end to end, for their legends."""

@@ -1,0 +1,20 @@
+"""The sections of a run's report, each from plain values; what they are collected from is in report.py."""
+
+from moemm.observe.sections.evaluation import Measured, Subsets, cost_section, missing_section, reuse_section
+from moemm.observe.sections.experts import map_section
+from moemm.observe.sections.routing import heatmap_section, time_section
+from moemm.observe.sections.scores import about, curves_section, scores_section
+
+__all__ = [
+    "Measured",
+    "Subsets",
+    "about",
+    "cost_section",
+    "curves_section",
+    "heatmap_section",
+    "map_section",
+    "missing_section",
+    "reuse_section",
+    "scores_section",
+    "time_section",
+]
