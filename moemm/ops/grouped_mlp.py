@@ -82,14 +82,18 @@ def grouped_products(
     return product(reference.ACTIVATIONS[activation](product(dense_RD, w1)), w2)
 
 
-def save_lists(ctx: Any, tensors: Sequence[torch.Tensor], lists: Sequence[Weights]) -> None:
-    """Saves tensors and the four lists of weights for restore_lists."""
-    ctx.sizes = [len(one) for one in lists]
-    ctx.save_for_backward(*tensors, *(tensor for one in lists for tensor in one))
+def save_lists(
+    ctx: Any, hidden: torch.Tensor, tensors: Sequence[torch.Tensor], lists: Sequence[Weights], *, activation: str
+) -> None:
+    """Saves for restore_lists: the pre-activations (an output without a gradient), tensors, four lists of weights."""
+    ctx.sizes, ctx.activation = [len(one) for one in lists], activation
+    ctx.save_for_backward(hidden, *tensors, *(tensor for one in lists for tensor in one))
+    ctx.mark_non_differentiable(hidden)
+    ctx.set_materialize_grads(False)  # or the hidden rows would get a gradient of zeros as large as they are
 
 
 def restore_lists(ctx: Any) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """What save_lists saved."""
+    """What save_lists saved: the pre-activations and the tensors, and the lists."""
     saved = list(ctx.saved_tensors)
     count = len(saved) - sum(ctx.sizes)
     tensors, rest, lists = saved[:count], saved[count:], []
@@ -107,10 +111,7 @@ def hidden_like(x: torch.Tensor, num_rows: int, w1: Weights, *, recompute: bool)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
     x_RD, offsets_E1, *lists = inputs
-    save_lists(ctx, (output[1], x_RD, offsets_E1), lists)
-    ctx.activation = keyword_only_inputs["activation"]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or the hidden rows would get a gradient of zeros as large as they are
+    save_lists(ctx, output[1], (x_RD, offsets_E1), lists, activation=keyword_only_inputs["activation"])
 
 
 def _backward(ctx: Any, grad_RD: torch.Tensor | None, _hidden: Any) -> tuple[Any, ...]:

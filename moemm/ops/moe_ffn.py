@@ -57,10 +57,9 @@ def moe_ffn(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
     x_TD, gates_TK, experts_TK, *lists, residual_TD = inputs
-    save_lists(ctx, (output[1], x_TD, gates_TK, experts_TK), lists)
-    ctx.activation, ctx.has_residual = keyword_only_inputs["activation"], residual_TD is not None
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or the hidden rows would get a gradient of zeros as large as they are
+    activation = keyword_only_inputs["activation"]
+    save_lists(ctx, output[1], (x_TD, gates_TK, experts_TK), lists, activation=activation)
+    ctx.has_residual = residual_TD is not None
 
 
 def _backward(ctx: Any, grad_TD: torch.Tensor | None, _hidden: Any) -> tuple[Any, ...]:
