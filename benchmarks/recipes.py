@@ -83,7 +83,7 @@ def rows_of(found: dict[str, list[Summary]], speed: dict[str, list[float]]) -> l
         rows.append(Row(case=recipe, metric=SPEED, value=statistics.median(speed[recipe]), unit="tokens/s"))
     for sparse in (name for name in (BOTH, "moemm") if {name, "dense"} <= found.keys()):
         gains = [mean_score(a) - mean_score(b) for a, b in zip(found[sparse], found["dense"], strict=True)]
-        rows.append(row(f"{sparse} less dense", "mean of tasks", gains, target=0.0))
+        rows.append(row(f"{sparse} less dense", "mean of tasks, of each seed", gains, target=0.0))
     return rows
 
 
@@ -111,7 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
     tasks = [*next(iter(found.values()))[0]["tasks"]]
     matrices = [
         Matrix(
-            title="test score, mean over seeds", columns={"mean": "mean of tasks", **{name: name for name in tasks}}
+            title="test score, mean over seeds",
+            columns={"mean": "mean of tasks", **{name: name for name in tasks}},
+            digits=3,
         ),
         Matrix(title="size and speed", columns={"total": TOTAL, "active": ACTIVE, "tokens/s": SPEED}),
     ]

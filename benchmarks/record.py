@@ -47,10 +47,14 @@ def reaches(value: float | None, *, better: str, target: float | None) -> bool |
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """Rows shown as a table of their own: a line a case, a column a metric. columns: of each head, its metric."""
+    """Rows shown as a table of their own: a line a case, a column a metric. columns: of each head, its metric.
+
+    digits: decimals of figures under 20.
+    """
 
     title: str
     columns: dict[str, str]
+    digits: int = 2
 
 
 def as_dict(row: Row) -> dict[str, Any]:
@@ -133,5 +137,6 @@ def _commit() -> str:
 
 
 def _relative(argument: str) -> str:
-    """An argument without the place of this checkout."""
-    return argument.replace(f"{Path(__file__).parents[1]}/", "")
+    """An argument without the place of this checkout; of a folder elsewhere only that there was one."""
+    inside = argument.replace(f"{Path(__file__).parents[1]}/", "")
+    return "FOLDER" if Path(inside).is_absolute() else inside

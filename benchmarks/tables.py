@@ -57,11 +57,11 @@ def lines_of(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[tup
     return [(case, [found.get((case, metric)) for metric in metrics]) for case in names]
 
 
-def cell(row: dict[str, Any] | None) -> str:
+def cell(row: dict[str, Any] | None, digits: int = 2) -> str:
     """A row's value in a matrix, as short as can be; "-" where nothing was measured."""
     if row is None or row["value"] is None:
         return "-"
-    return f"{row['value']:,.0f}" if abs(row["value"]) >= 20 else f"{row['value']:.2f}"
+    return f"{row['value']:,.0f}" if abs(row["value"]) >= 20 else f"{row['value']:.{digits}f}"
 
 
 def summary(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -80,7 +80,8 @@ def matrix_markdown(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> l
     lines = [f"**{matrix['title']}**", "", "| case | " + " | ".join(matrix["columns"]) + " |"]
     lines.append("| --- |" + " --: |" * len(matrix["columns"]))
     for case, found in lines_of(matrix, rows):
-        texts = [f"**{cell(row)}**" if row and row["ok"] is False else cell(row) for row in found]
+        texts = [cell(row, matrix.get("digits", 2)) for row in found]
+        texts = [f"**{text}**" if row and row["ok"] is False else text for text, row in zip(texts, found, strict=True)]
         lines.append(f"| {case} | " + " | ".join(texts) + " |")
     told = summary(matrix, rows)
     return [*lines, "", *([f"{told} Missed ones are bold.", ""] if told else [])]

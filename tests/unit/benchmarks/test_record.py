@@ -30,12 +30,14 @@ def test_the_verdict_follows_from_value_direction_and_target(value, better, targ
 
 def test_a_result_names_command_machine_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python", "-m", "benchmarks.some", "--folder", str(tmp_path)])
     path = record.write("some", [Row(case="c", metric="m", value=1.0)], seeds=[0, 1], seconds=2.0)
     result = json.loads(path.read_text())
     assert result["name"] == "some" and result["seeds"] == [0, 1]
     assert {"cpu", "cores", "gpu", "memory"} == set(result["machine"])
     assert result["versions"]["torch"] and result["commit"] and result["command"].startswith("python")
     assert str(Path(record.__file__).parents[1]) not in path.read_text(), "no path of this machine"
+    assert result["command"] == "python -m benchmarks.some --folder FOLDER"
 
 
 def test_a_result_that_is_not_there_names_its_command() -> None:
@@ -55,3 +57,15 @@ def test_committed_results_have_the_agreed_form() -> None:
 def test_tables_in_the_docs_are_those_of_the_results(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert tables.with_tables(text) == text, "make them anew: python -m benchmarks.tables --docs"
+
+
+def test_recipes_tell_what_they_scored() -> None:
+    result = json.loads((record.RESULTS / "recipes.json").read_text())
+    scores = {row["case"]: row for row in result["rows"] if row["metric"] == "mean of tasks"}
+    folder = Path(record.__file__).parents[1] / "configs" / "recipes"
+    told = {path.stem: path.read_text() for path in folder.glob("*.yaml") if path.stem in scores}
+    assert len(told) >= 11
+    for name, text in told.items():
+        mean, deviation = (f"{scores[name][key]:.3f}".removeprefix("0") for key in ("value", "deviation"))
+        assert f"#   scored    {mean} ± {deviation} (" in text, name
+        assert name == "dense" or f"dense {scores['dense']['value']:.3f}".replace(" 0", " ") in text, name
