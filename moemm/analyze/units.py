@@ -85,7 +85,8 @@ def _only(catalogue: Catalogue, modalities: Sequence[str], tasks: Collection[str
     for task in catalogue.tasks:
         if task.name in tasks:
             stored = dict(zip(task.modalities, task.stored or task.modalities, strict=True))
-            kept.append(replace(task, modalities=tuple(modalities), stored=tuple(stored[name] for name in modalities)))
+            own = tuple(stored[name] for name in modalities)
+            kept.append(replace(task, modalities=tuple(modalities), stored=own, drawn_with=None))
     infos = tuple(info for info in catalogue.modalities if info.name in modalities)
     return Catalogue(tasks=tuple(kept), modalities=infos)
 

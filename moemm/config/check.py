@@ -10,6 +10,7 @@ from itertools import combinations
 from moemm.config.check_experts import EXPERT_RULES
 from moemm.config.check_objectives import OBJECTIVE_RULES
 from moemm.config.deepspeed import check_extra
+from moemm.config.joint import check_joint, samples_of
 from moemm.config.names import modality_names, unknown_modalities
 from moemm.config.problem import Problem
 from moemm.config.schema import Config, ModalityConfig, TaskConfig
@@ -163,13 +164,13 @@ def _kind_options(name: str, kind: str, modality: ModalityConfig) -> Iterator[Pr
 
 
 def _content(task: TaskConfig) -> tuple[object, ...]:
-    modalities = None if task.modalities is None else tuple(sorted(task.modalities))
-    return task.file, task.label, modalities, tuple(sorted(task.rename.items()))
+    return task.label, samples_of(task)
 
 
 RULES: tuple[Rule, ...] = (
     _task_names,
     _renames,
+    check_joint,
     _modality_sections,
     _width,
     *EXPERT_RULES,

@@ -46,6 +46,9 @@ class DataConfig:
     """Folder that relative `file`s start at; itself relative to the config file."""
     temperature: Annotated[float, Ge(1.0)] = 1.0
     """Tasks are drawn with probability n^(1/temperature): 1 is proportional to size, large is uniform."""
+    joint_labels: bool = False
+    """Tasks over one file with the same modalities share each sample: it is drawn once, passes through the model once,
+    and all their labels count."""
     label_share: Annotated[float, Interval(gt=0.0, le=1.0)] = 1.0
     """Share of each task's training samples whose labels are used, the same of each class; drawn by `train.seed`."""
     modality_dropout: Share = 0.0

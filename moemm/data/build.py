@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moemm.config.joint import joint_groups
 from moemm.config.schema import DataConfig, TaskConfig
 from moemm.config.suggest import did_you_mean, listed
 from moemm.data.catalogue import SPLITS, Catalogue, ModalityInfo, TaskInfo
@@ -34,6 +35,7 @@ def build_catalogue(config: DataConfig, *, base: Path) -> Catalogue:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"data.tasks: {names.count(name)} tasks are named {name!r}; give each its own name")
+    drawn_with = {task.name: first.name for first, *others in joint_groups(config) for task in others}
     tasks: list[TaskInfo] = []
     merged: dict[str, ModalityInfo] = {}
     owners: dict[str, TaskConfig] = {}
@@ -41,7 +43,7 @@ def build_catalogue(config: DataConfig, *, base: Path) -> Catalogue:
     for entry in config.tasks:
         file = open_shared(os.path.normpath(base / config.root / entry.file))
         chosen = _chosen(entry, file)
-        tasks.append(_task(entry, file, chosen))
+        tasks.append(replace(_task(entry, file, chosen), drawn_with=drawn_with.get(entry.name)))
         train = file.split == SPLITS["train"]
         for name, stored in chosen.items():
             info = replace(next(m for m in file.modalities if m.name == stored), name=name)

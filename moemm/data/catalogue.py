@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,7 @@ class TaskInfo:
     modalities: names after renaming, in alphabetical order of the names in the file.
     stored: the names of the same modalities in the file; empty where they are the same.
     sizes: split name -> number of samples.
+    drawn_with: the task whose samples bring this one's label along (`data.joint_labels`); None: it draws its own.
     """
 
     name: str
@@ -51,6 +53,7 @@ class TaskInfo:
     class_names: tuple[str, ...] = ()
     weight: float = 1.0
     stored: tuple[str, ...] = ()
+    drawn_with: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,3 +62,17 @@ class Catalogue:
 
     tasks: tuple[TaskInfo, ...]
     modalities: tuple[ModalityInfo, ...]
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """See task_groups."""
+        return task_groups(self.tasks)
+
+
+def task_groups(tasks: Sequence[TaskInfo]) -> tuple[tuple[int, ...], ...]:
+    """Positions of the tasks that share each sample, that which draws it first; most groups hold one task."""
+    groups = {task.name: [number] for number, task in enumerate(tasks) if task.drawn_with is None}
+    for number, task in enumerate(tasks):
+        if task.drawn_with is not None:
+            groups[task.drawn_with].append(number)
+    return tuple(map(tuple, groups.values()))

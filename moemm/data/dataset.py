@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moemm.data.catalogue import SPLITS, Catalogue
+from moemm.data.catalogue import SPLITS, Catalogue, TaskInfo
 from moemm.data.file import DataFile
 from moemm.data.limits import refusal
 from moemm.data.sample import Sample
@@ -19,6 +19,7 @@ class SplitDataset:
     """The samples of one split of one task: `dataset[i]` is a Sample, i from 0 to len - 1 in the file's order.
 
     drop: names of modalities (of the run) to leave out. A sample that lacks all others comes without modalities.
+    A sample of the first of several tasks that share it (`data.joint_labels`) holds the targets of all of them.
     Opens its file when first used, in each process. Raises ConfigError: no such task or split. DataError: broken data.
     """
 
@@ -27,6 +28,7 @@ class SplitDataset:
         if split not in SPLITS:
             raise ConfigError(f"split {split!r} is none of {', '.join(SPLITS)}")
         self.split = split
+        self._others = [one for one in catalogue.tasks if one.drawn_with == task]
         stored = self.task.stored or self.task.modalities
         self._names = [(run, name) for run, name in zip(self.task.modalities, stored, strict=True) if run not in drop]
         self._file: DataFile | None = None
@@ -39,7 +41,8 @@ class SplitDataset:
         index = int(self.indices[item])
         values = ((run, self.file.read(name, index)) for run, name in self._names)
         modalities = {run: value for run, value in values if value is not None}
-        return Sample(self.task.name, index, modalities, self._target(index))
+        others = {task.name: self._target(task, index) for task in self._others}
+        return Sample(self.task.name, index, modalities, self._target(self.task, index), others)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
@@ -82,8 +85,8 @@ class SplitDataset:
             found |= self.file.present(name)[self.indices]
         return found
 
-    def _target(self, index: int) -> Any:
-        value = self.file.targets(self.task.label)[index]
+    def _target(self, task: TaskInfo, index: int) -> Any:
+        value = self.file.targets(task.label)[index]
         if np.ndim(value) == 0:
             return value.item()
-        return float(value[0]) if self.task.target == "regression" and self.task.outputs == 1 else value.copy()
+        return float(value[0]) if task.target == "regression" and task.outputs == 1 else value.copy()

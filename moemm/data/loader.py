@@ -66,7 +66,8 @@ class Dropout:
 class TrainSamples:
     """Draws -> samples of the train splits, some modalities taken away. Keyed by draw, not by worker.
 
-    items: for each task the items of its train split that are drawn from; all when not given.
+    Draws count the groups of tasks that share their samples as one task each.
+    items: for each group the items of its train split that are drawn from; all when not given.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class TrainSamples:
         seed: int = 0,
         items: Sequence[np.ndarray] | None = None,
     ) -> None:
-        self._datasets = [SplitDataset(catalogue, task=task.name, split="train") for task in catalogue.tasks]
+        first = [catalogue.tasks[group[0]].name for group in catalogue.groups]
+        self._datasets = [SplitDataset(catalogue, task=name, split="train") for name in first]
         for dataset in self._datasets:
             dataset.open()  # here, so that workers and evaluations share it
         self._dropout, self._seed, self._items = modality_dropout, seed, items
@@ -210,15 +212,20 @@ def _ignore_signals(worker: int) -> None:
 
 
 def drawn_sizes(config: Config, catalogue: Catalogue) -> list[int]:
-    """How many training samples of each task are drawn from: all, or those with labels where nothing else learns."""
+    """How many training samples of each group of tasks are drawn from: all, or those with a label, where nothing else
+    learns.
+    """  # fmt: skip
     items = _drawn_items(config, catalogue)
-    return [task.sizes["train"] for task in catalogue.tasks] if items is None else [len(one) for one in items]
+    if items is not None:
+        return [len(one) for one in items]
+    return [catalogue.tasks[first].sizes["train"] for first, *_ in catalogue.groups]
 
 
 def _drawn_items(config: Config, catalogue: Catalogue) -> list[np.ndarray] | None:
     if config.data.label_share >= 1.0 or label_free(config.objectives):
         return None
-    return labelled_items(catalogue, share=config.data.label_share, seed=config.train.seed)
+    items = labelled_items(catalogue, share=config.data.label_share, seed=config.train.seed)
+    return [np.unique(np.concatenate([items[number] for number in group])) for group in catalogue.groups]
 
 
 def train_loader(

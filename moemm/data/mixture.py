@@ -3,7 +3,7 @@
 An epoch has as many draws as the train splits have samples together. Task t gets a fixed number of them, proportional
 to n_t^(1/temperature). Within a task the draws go through one permutation of its samples after the other, across
 epochs, so that every sample is drawn once before any is drawn twice. A permutation of the epoch's draws then mixes the
-tasks.
+tasks. Tasks that share their samples (`Catalogue.groups`) are one task here.
 """
 
 from __future__ import annotations

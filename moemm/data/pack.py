@@ -106,7 +106,12 @@ def _tables(info: ModalityInfo, values: list[Any]) -> dict[str, torch.Tensor]:
 
 
 def _targets(task: TaskInfo, samples: Sequence[Sample]) -> torch.Tensor:
-    values = [sample.target for sample in samples if sample.task == task.name]
+    values = []
+    for sample in samples:
+        if sample.task == task.name:
+            values.append(sample.target)
+        elif task.name in sample.others:
+            values.append(sample.others[task.name])
     if task.target == "classification":
         return torch.tensor(values, dtype=torch.int64)
     if not values:

@@ -5,11 +5,12 @@ B samples of the batch, M modalities of the catalogue, n rows of one modality (a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
 
+from moemm.data.catalogue import TaskInfo
 from moemm.data.value import Table as Table
 from moemm.data.value import Target as Target
 from moemm.data.value import Value as Value
@@ -17,12 +18,16 @@ from moemm.data.value import Value as Value
 
 @dataclass(slots=True)
 class Sample:
-    """One training example. A modality that the sample lacks is absent from `modalities`, never zeros."""
+    """One training example. A modality that the sample lacks is absent from `modalities`, never zeros.
+
+    task: which the sample was drawn for; target: of it. others: of the tasks that share its samples.
+    """
 
     task: str
     index: int
     modalities: dict[str, Value]
     target: Target
+    others: dict[str, Target] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -54,10 +59,11 @@ class PackedBatch:
 
     modalities: every modality of the catalogue in the catalogue's order, with zero rows where none has it.
     presence: (B, M) bool.
-    task: (B,) int64, position in the catalogue's tasks.
+    task: (B,) int64, position in the catalogue's tasks of that which each sample was drawn for.
     index: (B,) int64, position in the task's file.
     targets: task name -> targets of its samples in batch order: (n,) int64, (n,) or (n, C) float32.
-        Every task of the catalogue has an entry, with zero rows where the batch has none of it.
+        Every task of the catalogue has an entry, with zero rows where the batch has none of it. A sample has rows of
+        several tasks where they share it: `rows_of` says whose rows they are.
     """
 
     modalities: dict[str, PackedModality]
@@ -85,6 +91,16 @@ class PackedBatch:
     def pin_memory(self) -> PackedBatch:
         """The same batch in pinned memory (called by the DataLoader)."""
         return self.map(torch.Tensor.pin_memory)
+
+
+def rows_of(task_B: torch.Tensor, tasks: Sequence[TaskInfo], number: int) -> torch.Tensor:
+    """(B,) bool: the samples that have targets and outputs of task `number`: drawn for it, or for the one before it.
+
+    task_B: `PackedBatch.task`. tasks: those of the catalogue.
+    """
+    rows_B = task_B == number
+    first = tasks[number].drawn_with
+    return rows_B if first is None else rows_B | (task_B == [task.name for task in tasks].index(first))
 
 
 Prepare = Mapping[str, Callable[[Value], Value]]

@@ -57,7 +57,7 @@ class _Counts:
     def __init__(self, model: Model) -> None:
         self._model = model
         num_rows = len(model.map.rows)
-        self._tokens_M, self._pairs_M = torch.zeros(2, num_rows, dtype=torch.float64)
+        self._tokens_M, self._pairs_M, self._pooled_M = torch.zeros(3, num_rows, dtype=torch.float64)
         self._load_LME: torch.Tensor | None = None
         self._tokenizers, self._raw, self._latents = (dict.fromkeys(model.tokenizers, 0.0) for _ in range(3))
 
@@ -81,6 +81,8 @@ class _Counts:
         self._tokens_M += torch.bincount(row_T, minlength=num_rows).cpu()
         lengths_T = length_B[stream.sample_T].double()
         self._pairs_M += torch.bincount(row_T, weights=lengths_T, minlength=num_rows).cpu()
+        pools_T = self._model.heads.num_pools(stream.task_B)[stream.sample_T].double()
+        self._pooled_M += torch.bincount(row_T, weights=pools_T, minlength=num_rows).cpu()
 
     def _see_output(self, module: nn.Module, given: Any, output: Any) -> None:
         if output.router is not None:
@@ -115,7 +117,7 @@ class _Counts:
             "attention": depth * _attention(dim, self._tokens_M, self._pairs_M),
             "experts": experts_M,
             "router": router_M,
-            "pooling": 4.0 * dim**2 * self._tokens_M * (depth if model.config.predict_every_block else 1),
+            "pooling": 4.0 * dim**2 * self._pooled_M * (depth if model.config.predict_every_block else 1),
         }
         place = 2.0 * model.position.project.weight.numel()
         tasks = max(1, len(model.map.tasks))

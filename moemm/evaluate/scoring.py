@@ -61,8 +61,10 @@ def evaluate_model(model: nn.Module, catalogue: Catalogue, plan: EvaluationPlan)
     model.eval()
     try:
         with torch.no_grad():
-            chosen = [task for task in catalogue.tasks if plan.tasks is None or task.name in plan.tasks]
-            return {task.name: _score_task(model, catalogue, task, plan) for task in chosen}
+            found: dict[str, TaskScore] = {}
+            for group in catalogue.groups:
+                found |= _score_group(model, catalogue, [catalogue.tasks[number] for number in group], plan)
+            return {task.name: found[task.name] for task in catalogue.tasks if task.name in found}
     finally:
         model.train(training)
 
@@ -72,10 +74,21 @@ def scores_to_dict(scores: dict[str, TaskScore]) -> dict[str, dict[str, Any]]:
     return {name: asdict(value) for name, value in scores.items()}
 
 
-def _score_task(model: nn.Module, catalogue: Catalogue, task: TaskInfo, plan: EvaluationPlan) -> TaskScore:
-    if not set(task.modalities) - set(plan.drop):
-        return TaskScore(metric=task.metric, value=None, n=0)
-    output, target = _predict(model, catalogue, task, plan)
+def _score_group(
+    model: nn.Module, catalogue: Catalogue, group: Sequence[TaskInfo], plan: EvaluationPlan
+) -> dict[str, TaskScore]:
+    """Scores of those tasks of a group that the plan wants; they share one pass over the samples."""
+    tasks = [task for task in group if plan.tasks is None or task.name in plan.tasks]
+    if not tasks:
+        return {}
+    drawn = tasks[0] if len(tasks) == 1 else group[0]  # what is drawn for the first has the targets of all
+    if not set(drawn.modalities) - set(plan.drop):
+        return {task.name: TaskScore(metric=task.metric, value=None, n=0) for task in tasks}
+    predicted = _predict(model, catalogue, tasks, drawn, plan)
+    return {task.name: _score(task, *predicted[task.name], plan) for task in tasks}
+
+
+def _score(task: TaskInfo, output: np.ndarray, target: np.ndarray, plan: EvaluationPlan) -> TaskScore:
     if plan.gather is not None:
         parts = plan.gather((output, target))
         output, target = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
@@ -84,13 +97,14 @@ def _score_task(model: nn.Module, catalogue: Catalogue, task: TaskInfo, plan: Ev
 
 
 def _predict(
-    model: nn.Module, catalogue: Catalogue, task: TaskInfo, plan: EvaluationPlan
-) -> tuple[np.ndarray, np.ndarray]:
-    """(n, C) outputs and the targets of this rank's share."""
-    outputs, targets = [np.zeros((0, task.outputs), np.float32)], []
+    model: nn.Module, catalogue: Catalogue, tasks: Sequence[TaskInfo], drawn: TaskInfo, plan: EvaluationPlan
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """task -> (n, C) outputs and the targets of this rank's share."""
+    outputs = {task.name: [np.zeros((0, task.outputs), np.float32)] for task in tasks}
+    targets: dict[str, list[np.ndarray]] = {task.name: [] for task in tasks}
     loader = eval_loader(
         catalogue,
-        task=task.name,
+        task=drawn.name,
         split=plan.split,
         batch_size=plan.batch_size,
         prepare=plan.prepare,
@@ -99,6 +113,9 @@ def _predict(
         world_size=plan.world_size,
     )
     for batch in loader:
-        outputs.append(model(batch.to(plan.device)).outputs[task.name].float().cpu().numpy())
-        targets.append(batch.targets[task.name].cpu().numpy())
-    return np.concatenate(outputs), np.concatenate(targets) if targets else np.zeros(0, np.int64)
+        found = model(batch.to(plan.device)).outputs
+        for name in outputs:
+            outputs[name].append(found[name].float().cpu().numpy())
+            targets[name].append(batch.targets[name].cpu().numpy())
+    none = np.zeros(0, np.int64)
+    return {n: (np.concatenate(outputs[n]), np.concatenate(targets[n]) if targets[n] else none) for n in outputs}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moemm.config.schema import ModelConfig
-from moemm.data.catalogue import TaskInfo
+from moemm.data.catalogue import TaskInfo, task_groups
 from moemm.data.sample import PackedBatch
 from moemm.modalities.base import Tokens
 from moemm.models.stream import Absent
@@ -31,7 +31,7 @@ class Missing(nn.Module, ABC):
         known_TM = torch.tensor([[name in task.modalities for name in names] for task in tasks])
         self.register_buffer("known_TM", known_TM, persistent=False)
         self._known = known_TM.tolist()  # on the host: counting absent modalities then waits for no device
-        self._tasks = [task.name for task in tasks]
+        self._tasks, self._groups = [task.name for task in tasks], task_groups(tasks)
 
     @abstractmethod
     def forward(
@@ -46,6 +46,9 @@ class Missing(nn.Module, ABC):
     def absent(self, batch: PackedBatch) -> Absent:
         """Which modalities of their task the samples of a batch lack."""
         sizes = [len(batch.targets[name]) for name in self._tasks]
+        for first, *others in self._groups:
+            for number in others:
+                sizes[number] -= sizes[first]  # those were drawn for the first of the group
         if sum(sizes) != batch.num_samples:  # samples without a target: ask the device
             sizes = torch.bincount(batch.task, minlength=len(self._tasks)).tolist()
         known_M = [sum(size for size, row in zip(sizes, self._known, strict=True) if row[m]) for m in self._columns]

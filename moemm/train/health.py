@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from moemm.data.sample import PackedBatch
+from moemm.data.catalogue import TaskInfo
+from moemm.data.sample import PackedBatch, rows_of
 from moemm.distributed import gather_objects
 from moemm.errors import HealthError
 from moemm.models import ModelOutput
@@ -12,7 +15,9 @@ from moemm.models import ModelOutput
 _SHOWN = 8
 
 
-def refuse_loss(step: int, broken: list[str], tasks: tuple[str, ...], output: ModelOutput, batch: PackedBatch) -> None:
+def refuse_loss(
+    step: int, broken: list[str], tasks: Sequence[TaskInfo], output: ModelOutput, batch: PackedBatch
+) -> None:
     """Raise on all ranks (all must call it) the HealthError of a loss that is not finite.
 
     step: 0-based; broken: this rank's tasks with such a loss, as MicroLoss.broken gives them.
@@ -31,7 +36,7 @@ def refuse_loss(step: int, broken: list[str], tasks: tuple[str, ...], output: Mo
     )
 
 
-def infinite_inputs(batch: PackedBatch, tasks: tuple[str, ...]) -> list[str]:
+def infinite_inputs(batch: PackedBatch, tasks: Sequence[TaskInfo]) -> list[str]:
     """Which samples hold an infinite value, and in which modality. NaN is no fault: it stands for a missing value."""
     found = []
     for name, packed in batch.modalities.items():
@@ -42,20 +47,21 @@ def infinite_inputs(batch: PackedBatch, tasks: tuple[str, ...]) -> list[str]:
             if packed.lengths is not None:
                 rows = torch.searchsorted(packed.lengths.cumsum(0), rows, right=True)
             for position in packed.sample[rows].unique().tolist():
-                sample = f"sample {int(batch.index[position])} of task {tasks[int(batch.task[position])]}"
+                sample = f"sample {int(batch.index[position])} of task {tasks[int(batch.task[position])].name}"
                 found.append(f"{sample} has an infinite value in modality {name}")
     return found
 
 
-def _line(name: str, tasks: tuple[str, ...], output: ModelOutput, batch: PackedBatch) -> str:
-    if name not in tasks:
+def _line(name: str, tasks: Sequence[TaskInfo], output: ModelOutput, batch: PackedBatch) -> str:
+    if name not in [task.name for task in tasks]:
         return "the router's loss" if name == "router" else f"the {name}"
     return f"task {name}, {_ids(_suspects(name, tasks, output, batch))}"
 
 
-def _suspects(name: str, tasks: tuple[str, ...], output: ModelOutput, batch: PackedBatch) -> list[int]:
+def _suspects(name: str, tasks: Sequence[TaskInfo], output: ModelOutput, batch: PackedBatch) -> list[int]:
     """Positions in the task's file of the samples with an output or a target that is not finite; all if none has."""
-    index_n = batch.index[batch.task == tasks.index(name)]
+    number = [task.name for task in tasks].index(name)
+    index_n = batch.index[rows_of(batch.task, tasks, number)]
     target = batch.targets[name]
     fine_n = torch.isfinite(output.outputs[name]).all(-1)
     fine_n &= torch.isfinite(target.float()).reshape(len(target), -1).all(-1)

@@ -11,7 +11,7 @@ from moemm.config.check_objectives import is_on, label_free
 from moemm.data.catalogue import Catalogue
 from moemm.data.dataset import SplitDataset
 from moemm.data.labels import labelled_items
-from moemm.data.sample import PackedBatch
+from moemm.data.sample import PackedBatch, rows_of
 
 Rows = Mapping[str, torch.Tensor]
 
@@ -22,7 +22,8 @@ class Labels:
     def __init__(self, catalogue: Catalogue, config: Config, device: torch.device) -> None:
         self._tasks, self._use = catalogue.tasks, is_on(config.objectives.supervised)
         self._known: list[torch.Tensor] | None = None
-        if config.data.label_share < 1.0 and label_free(config.objectives):  # else only labelled samples are drawn
+        unlabelled = bool(label_free(config.objectives)) or len(catalogue.groups) < len(catalogue.tasks)
+        if config.data.label_share < 1.0 and unlabelled:  # else only samples with all their labels are drawn
             items = labelled_items(catalogue, share=config.data.label_share, seed=config.train.seed)
             self._known = []
             for task, chosen in zip(catalogue.tasks, items, strict=True):
@@ -39,7 +40,7 @@ class Labels:
             return outputs, batch.targets
         picked_outputs, picked_targets = {}, {}
         for number, (task, known) in enumerate(zip(self._tasks, self._known, strict=True)):
-            counts_n = known[batch.index[batch.task == number]]
+            counts_n = known[batch.index[rows_of(batch.task, self._tasks, number)]]
             picked_outputs[task.name] = outputs[task.name][counts_n]
             picked_targets[task.name] = batch.targets[task.name][counts_n]
         return picked_outputs, picked_targets

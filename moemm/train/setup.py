@@ -167,6 +167,8 @@ def describe(catalogue: Catalogue) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(asdict(catalogue)))
     for task in values["tasks"]:
         task["file"] = Path(task["file"]).name
+        if task["drawn_with"] is None:  # as runs wrote it before there were joint labels
+            del task["drawn_with"]
     return values
 
 
@@ -181,10 +183,22 @@ def stored_catalogue(stored: Mapping[str, Any]) -> Catalogue:
 def check_catalogue(stored: Mapping[str, Any], catalogue: Catalogue) -> None:
     """Refuse data that is not that of the run. Raises CheckpointError that names what changed."""
     _check_names(stored, catalogue)
+    _check_joint(stored, catalogue)
     changed = list(changed_keys(stored, describe(catalogue)).values())
     if changed:
         shown = "".join(f"\n  {line}" for line in changed[:8])
         raise CheckpointError(f"The data is not what the run began with:{shown}\nPut the old files back or train anew.")
+
+
+def _check_joint(stored: Mapping[str, Any], catalogue: Catalogue) -> None:
+    before = any(entry.get("drawn_with") for entry in stored["tasks"])
+    now = any(task.drawn_with for task in catalogue.tasks)
+    if before != now:
+        was, is_ = (str(value).lower() for value in (before, now))
+        raise CheckpointError(
+            f"data.joint_labels: was {was} when the run began, is {is_}: samples would come in another order. Give "
+            f"--data.joint-labels {was}, or train anew in another folder (--train.output NAME)."
+        )
 
 
 def _check_names(stored: Mapping[str, Any], catalogue: Catalogue) -> None:

@@ -1,6 +1,7 @@
 """One micro-batch: the objective of the *global* batch, and what is counted on the way. T tasks.
 
 Every sample of a step counts the same (times its task's weight), on whichever rank and in whichever micro-batch it is.
+Where tasks share a sample, the sum of its losses counts.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class Trainer:
             facts={
                 "run": f"{self.config.name} -> {self.setup.folder}",
                 "data": f"{len(self.tasks)} tasks, {len(catalogue.modalities)} modalities, "
-                f"{sum(task.sizes['train'] for task in catalogue.tasks):,} training samples",
+                f"{sum(catalogue.tasks[first].sizes['train'] for first, *_ in catalogue.groups):,} training samples",
                 "model": f"{total:,} parameters, {active:,} active a token",
                 "engine": f"{self.world.size} rank(s) on {self.world.device.type}, ZeRO {self.engine.zero_stage}, "
                 f"{self.config.train.precision}",
@@ -174,7 +174,7 @@ class Trainer:
             broken = loss.broken(self.tasks)
             alarm, stop = self._guard.before_backward(loss.backward, flags=[int(bool(broken)), self._stop.number])
             if alarm:
-                refuse_loss(self.step, broken, self.tasks, output, batch)
+                refuse_loss(self.step, broken, self.setup.catalogue.tasks, output, batch)
             self.engine.backward(loss.backward)
             self._window.add(loss, output)
             self.engine.step(lr=lr)
