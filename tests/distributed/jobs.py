@@ -138,6 +138,40 @@ def absent(folder: str, stages: list[int], kinds: list[str]) -> dict[str, Any]:
     return found
 
 
+class Unjoined(Apart):
+    """4 vowels, then 4 digits with their motion: of two ranks the first never has a sample of two tasks."""
+
+    def __init__(self, catalogue: Any, rank: int, world_size: int) -> None:
+        self._sets = [SplitDataset(catalogue, task=task, split="train") for task in ("vowel", "digit")]
+        self._packer, self._rank, self._share = Packer(catalogue), rank, 8 // world_size
+
+
+def joint(folder: str, data: str, stages: list[int]) -> dict[str, Any]:
+    """Losses of six steps with two labels of one sample beside another task: as the sampler mixes, and apart."""
+    world = connect(timeout_s=60)
+    avclip = {"file": "avclip.h5"}
+    tasks = [
+        {"name": "vowel", "file": "vowels.h5"},
+        {"name": "digit", **avclip},
+        {"name": "motion", "label": "label_motion", **avclip},
+    ]
+    sections = {"data": {"root": data, "num_workers": 0, "tasks": tasks, "joint_labels": True}}
+    found: dict[str, Any] = {}
+    for stage in stages:
+        for case in ("mixed", "apart", "every block"):
+            more = {"model": {"predict_every_block": True}} if case == "every block" else {}
+            trainer, recorder = build(
+                Path(folder), world, name=f"joint_{case}_{stage}_{world.size}", stage=stage, **sections, **more
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                if case != "mixed":
+                    deal(patch, Unjoined)
+                trainer.run()
+            found[f"{case} {stage}"] = recorder.losses
+            done(trainer)
+    return found
+
+
 PRETEXT = {
     "supervised": {"weight": 0.5, "start": 1.0},
     "masked": {"weight": 1.0, "cross_modal": 0.4},

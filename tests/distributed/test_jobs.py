@@ -73,6 +73,26 @@ def test_a_rank_whose_samples_lack_a_modality_trains_as_one_would(
 
 
 @pytest.fixture(scope="module")
+def joined(folder: Path) -> dict[str, np.ndarray]:
+    data = str(HERE.parents[1] / "data" / "quickstart")
+    alone = job("joint", ranks=1, folder=str(folder), data=data, stages=[0])[0]
+    both = job("joint", folder=str(folder), data=data, stages=STAGES)
+    assert both[0] == both[1], "ranks report different losses"
+    found = {f"two {name}": np.array(value) for name, value in both[0].items()}
+    return found | {f"one {name}": np.array(value) for name, value in alone.items()}
+
+
+@pytest.mark.parametrize(("case", "stage"), list(product(("mixed", "apart", "every block"), STAGES)))
+def test_samples_of_two_tasks_train_on_two_ranks_as_on_one(
+    joined: dict[str, np.ndarray], case: str, stage: int
+) -> None:
+    one, two = joined[f"one {case} 0"], joined[f"two {case} {stage}"]
+    assert one.shape == two.shape == (6, 5), "loss, router, and three tasks"
+    assert one[-1, 0] < one[0, 0] - 0.05, "the losses must move for this to mean anything"
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
 def pretexts(folder: Path) -> dict[str, np.ndarray]:
     alone = job("pretext", ranks=1, folder=str(folder), stages=[0])[0]
     both = job("pretext", folder=str(folder), stages=STAGES)

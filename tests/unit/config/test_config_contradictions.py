@@ -195,6 +195,21 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         r"data\.tasks\.1: is the same file, label and modalities as task digits",
     ),
     "a task that is a path": ({"data": {"tasks": [TASK | {"name": "a/b"}]}}, r"tasks\.0\.name: .* no / and no dot"),
+    "joint labels of one task": (
+        {"data": {"tasks": [TASK], "joint_labels": True}},
+        r"data\.joint_labels: joins nothing: no two tasks have the same file, rename and modalities\n",
+    ),
+    "joint labels of different modalities": (
+        {"data": {"tasks": [TASK, TASK | {"name": "seen", "modalities": ["image"]}], "joint_labels": True}},
+        r"joins nothing: .* \(digits and seen share digits\.h5, but differ in rename or modalities\)",
+    ),
+    "joint labels and skills": (
+        {
+            "data": {"tasks": [TASK, TASK | {"name": "hand", "label": "label_hand"}], "joint_labels": True},
+            "model": {"experts": groups(SHARED, MODALITY | {"tasks": ["digits"]})},
+        },
+        r"groups\.1\.tasks: asks for the one task of a sample; with data\.joint_labels a sample is of digits and hand",
+    ),
     "renames that collide": (
         {"data": {"tasks": [TASK | {"rename": {"left": "image", "right": "image"}}]}},
         r"data\.tasks\.0\.rename: gives 2 modalities of one file the name image",
@@ -323,6 +338,7 @@ def test_there_are_enough_pairs() -> None:
         {"deepspeed": {"zero_stage": 3, "extra": {"zero_optimization": {"stage3_max_live_parameters": 5}}}},
         {"data": {"tasks": [TASK, TASK | {"name": "one", "modalities": ["image"]}]}},
         {"data": {"tasks": [TASK | {"modalities": None}]}, "modalities": {"whatever": {}}},
+        {"data": {"tasks": [TASK, TASK | {"name": "hand", "label": "label_hand"}], "joint_labels": True}},
     ],
 )
 def test_what_only_looks_like_a_contradiction_is_accepted(values: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from moemm.data.catalogue import TaskInfo
 from moemm.data.sample import PackedBatch
 from moemm.models import Model, build_model
 from moemm.models.attention import Attention, AttentionPlan
-from moemm.models.heads import Pool
+from moemm.models.heads import Heads, Pool
 from moemm.models.position import FourierPosition
 from moemm.models.trunk import active_width
 from moemm.moe import ExpertMap
@@ -183,6 +183,76 @@ def test_pool_is_a_softmax_over_the_tokens_of_each_sample() -> None:
         expected = torch.cat([(weight[..., None] * value).sum(0).flatten(), x.mean(0)])
         torch.testing.assert_close(pooled[sample], expected)
     assert not pooled[1].any(), "no token, no signal"
+
+
+def heads_of(*drawn_with: str | None) -> Heads:
+    """Heads of tasks t0, t1 ... with 2, 3 ... classes, and dropout."""
+    common = {"file": "x.h5", "label": "label", "modalities": (), "sizes": {}, "metric": "accuracy"}
+    tasks = [
+        TaskInfo(name=f"t{i}", target="classification", outputs=2 + i, drawn_with=first, **common)
+        for i, first in enumerate(drawn_with)
+    ]
+    torch.manual_seed(0)
+    heads = Heads(tasks, 8, 2, dropout=0.5)
+    torch.nn.init.normal_(heads.pool.query_ND)
+    return heads
+
+
+def test_tasks_with_samples_of_their_own_take_one_pass_as_before() -> None:
+    heads = heads_of(None, None)
+    sample_T, x_TD, task_B = torch.tensor([0, 2, 0, 2, 1, 0]), torch.randn(6, 8), torch.tensor([1, 0, 1])
+    torch.manual_seed(7)
+    found = heads(x_TD, sample_T, task_B)
+    torch.manual_seed(7)
+    pooled = heads.dropout(heads.pool(x_TD, sample_T, task_B))
+    assert heads.num_passes == 1 and not heads.state_dict().keys() & {"task_PN"}
+    for number, (name, rows) in enumerate(found.items()):
+        assert torch.equal(rows, heads.linear[name](pooled[task_B == number])), "to the bit"
+
+
+def test_each_pass_pools_the_samples_with_such_a_task_from_its_own_stream() -> None:
+    heads = heads_of(None, None, "t0", None, "t0").eval()
+    assert heads.num_passes == 3
+    sample_T, task_B = torch.tensor([0, 2, 0, 2, 1, 0, 3, 3]), torch.tensor([0, 1, 0, 3])
+    streams = [torch.randn(8, 8, requires_grad=True) for _ in range(3)]
+    found = heads(streams, sample_T, task_B)
+    assert list(found) == ["t0", "t1", "t2", "t3", "t4"]
+    for name, place, samples in (
+        ("t0", 0, [0, 2]),
+        ("t1", 0, [1]),
+        ("t2", 1, [0, 2]),
+        ("t3", 0, [3]),
+        ("t4", 2, [0, 2]),
+    ):
+        own_B = torch.full_like(task_B, int(name[1]))
+        expected = heads.linear[name](heads.pool(streams[place], sample_T, own_B)[samples])
+        torch.testing.assert_close(found[name], expected)
+    of_third = torch.autograd.grad(found["t4"].sum(), streams, retain_graph=True, materialize_grads=True)
+    assert [bool(grad.any()) for grad in of_third] == [False, False, True]
+    assert not of_third[2][[1, 3], :].eq(0).all() and not of_third[2][[4, 6, 7]].any(), (
+        "tokens of samples 0 and 2 alone"
+    )
+    with pytest.raises(AssertionError, match="2 streams for 3 passes"):
+        heads(streams[:2], sample_T, task_B)
+
+
+def test_a_pass_without_samples_still_gives_gradients_in_the_same_order() -> None:
+    heads = heads_of(None, None, "t0")
+    orders = []
+    for task_B in ([0, 1, 0], [1, 1, 1], [0, 0, 0], [2, 1, 2], []):
+        order: list[str] = []
+        handles = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+            for name, parameter in heads.named_parameters()
+        ]
+        sample_T = torch.tensor([0, 2, 0, 2, 1, 0][: 2 * len(task_B)], dtype=torch.int64)
+        found = heads(torch.randn(len(sample_T), 8), sample_T, torch.tensor(task_B, dtype=torch.int64))
+        torch.stack([rows.sum() for rows in found.values()]).sum().backward()
+        assert sum(len(rows) for rows in found.values()) == len(task_B) + task_B.count(0)
+        for handle in handles:
+            handle.remove()
+        orders.append(tuple(order))
+    assert len(set(orders)) == 1 and len(orders[0]) == len(list(heads.parameters()))
 
 
 def test_positions_know_order_place_and_time() -> None:
