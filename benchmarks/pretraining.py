@@ -33,13 +33,28 @@ MODEL = {
         ]
     },
 }
+# Neither of these has words in it: told apart or aligned, words gain nothing from some thousand samples and forget that
+# they were all different, which is what 175 labelled reviews are learned from.
+HIDDEN = [
+    *("voice", "image", "pen", "audio", "video", "picture", "speech", "utterance", "accel", "gyro", "side", "eeg"),
+    *("labs", "static", "customer", "motion", "lpc"),
+]
+PAIRS = [
+    ["voice", "image"],
+    ["voice", "pen"],
+    ["image", "pen"],
+    ["audio", "video"],
+    ["picture", "speech"],
+    ["accel", "gyro"],
+]
 OBJECTIVES = {
     "supervised": {"weight": 0.0},
-    "masked": {"weight": 1.0, "ratio": 0.4, "cross_modal": 0.15},
-    "contrastive": {"weight": 0.3},
+    "masked": {"weight": 1.0, "ratio": 0.4, "cross_modal": 0.15, "modalities": HIDDEN},
+    "contrastive": {"weight": 1.0, "pairs": PAIRS},
 }
 PRETRAIN = {"lr": 2.0e-3, "weight_decay": 0.05, "warmup": 0.05}
-# Of 1e-3, 2e-3 and 4e-3 the best on val of seed 0, for fine-tuning and from scratch alike.
+# Of 1.5e-3 and 4e-3 the better one on val of seed 0, for fine-tuning and from scratch alike. The mix of objectives was
+# chosen there too, so that seed 0 is not among those that are reported.
 FINETUNE = {"lr": 4.0e-3, "weight_decay": 0.1, "warmup": 0.1, "label_smoothing": 0.1}
 
 
@@ -95,7 +110,7 @@ def rows_of(found: list[dict[str, Summary]]) -> list[Row]:
 def main() -> None:
     """Run, write results/pretraining.json, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--pretrain-steps", type=int, default=1500)
     parser.add_argument("--finetune-steps", type=int, default=200)
     parser.add_argument("--folder", type=Path, help="keep the runs here; those that are finished are not run again")
