@@ -16,6 +16,7 @@ from moemm.observe.table import duration, listing, number
 def scores_section(summary: Mapping[str, Any], messages: Sequence[str], reuse: Reuse | None) -> Section:
     """Every task beside its baseline, and what a reader should not miss."""
     rows = []
+    compared = any(task.get("baseline") for task in summary["tasks"].values())
     for name, task in summary["tasks"].items():
         base = (task.get("baseline") or {}).get("test")
         gain = None if base is None or task["test"] is None else direction(task["metric"]) * (task["test"] - base)
@@ -24,17 +25,25 @@ def scores_section(summary: Mapping[str, Any], messages: Sequence[str], reuse: R
             Cell(text=number(task["val"])),
             Cell(text=number(task["test"]), strong=True),
             Cell(text=f"{task['n']:,}"),
+        ]
+        against = [
             Cell(text=number(base), title=(task.get("baseline") or {}).get("model", "")),
             Cell(text="-" if gain is None else f"{gain:+.3f}", strong=gain is not None and gain < 0),
         ]
-        rows.append((name, cells))
-    head = ["task", "metric", "val", "test", "test samples", "scikit-learn, test", "better by"]
+        rows.append((name, cells + against if compared else cells))
+    head = ["task", "metric", "val", "test", "test samples"]
+    head += ["scikit-learn, test", "better by"] if compared else []
+    lead = "The model on data that it has not seen"
+    if compared:
+        lead += (
+            ", beside the best of four scikit-learn models on the same data. Better by: positive where the model is "
+            "ahead, whichever direction the metric has"
+        )
     found = [*_losers(summary), *_unused(reuse), *[text for text in messages if "warning:" in text]]
     return Section(
         key="scores",
         title="Scores",
-        lead="The model on data that it has not seen, beside the best of four scikit-learn models on the same data. "
-        "Better by: positive where the model is ahead, whichever direction the metric has.",
+        lead=f"{lead}.",
         body=table(head, rows, label="Scores") + (heading("What stands out") + notes(found) if found else ""),
     )
 

@@ -23,7 +23,7 @@ from moemm.observe.colour import as_hex, ink, level, side
 from moemm.observe.history import History
 from moemm.observe.page import Cell, table
 from moemm.observe.report import build_report, read_missing, read_summary
-from moemm.observe.sections import heatmap_section, time_section
+from moemm.observe.sections import heatmap_section, scores_section, time_section
 from moemm.testing.tiny import tiny_config
 from moemm.train import load_outline, load_run, train
 
@@ -312,3 +312,12 @@ def test_text_on_every_colour_can_be_read(scale: Any) -> None:
 def test_cells_escape_text_and_titles() -> None:
     html = table([ODD, ODD], [(ODD, [Cell(text=ODD, title=ODD, bar=2.0)])], label=ODD)
     assert "<b>" not in html and Page(html).tables == [[[ODD, ODD], [ODD, ODD]]]
+
+
+def test_without_baselines_there_are_no_columns_for_them() -> None:
+    task = {"metric": "accuracy", "val": 0.5, "test": 0.6, "n": 10}
+    for baseline, columns in ((None, 5), ({"model": "logistic", "val": 0.4, "test": 0.5}, 7)):
+        section = scores_section({"tasks": {"a": {**task, "baseline": baseline}}}, [], None)
+        (rows,) = Page(section.body).tables
+        assert {len(row) for row in rows} == {columns}
+        assert ("scikit-learn" in section.lead) == (columns == 7)
