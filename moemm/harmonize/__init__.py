@@ -1,0 +1,8 @@
+"""Settling conflicts between losses: weights from the Gram matrix of their gradients, and where that comes from."""
+
+from moemm.harmonize import methods as methods
+from moemm.harmonize.registry import HARMONIZERS as HARMONIZERS
+from moemm.harmonize.registry import Context as Context
+from moemm.harmonize.registry import register_harmonizer as register_harmonizer
+from moemm.harmonize.weights import Weights as Weights
+from moemm.harmonize.weights import weights as weights
