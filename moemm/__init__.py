@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moemm.data import write_file as write_file
     from moemm.errors import MoemmError as MoemmError
     from moemm.evaluate import evaluate_run as evaluate_run
+    from moemm.harmonize import register_harmonizer as register_harmonizer
     from moemm.models import build_model as build_model
     from moemm.ops import backend_info as backend_info
     from moemm.train import load_run as load_run
@@ -34,6 +35,7 @@ _PUBLIC = {
     "evaluate_run": ("moemm.evaluate", "evaluate_run"),
     "load_config": ("moemm.config", "load_config"),
     "load_run": ("moemm.train", "load_run"),
+    "register_harmonizer": ("moemm.harmonize", "register_harmonizer"),
     "train_run": ("moemm.train", "train"),  # not "train": that is the subpackage
     "validate_file": ("moemm.data", "validate_file"),
     "write_file": ("moemm.data", "write_file"),

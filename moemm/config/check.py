@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from itertools import combinations
 
 from moemm.config.check_experts import EXPERT_RULES
+from moemm.config.check_harmonize import HARMONIZE_RULES
 from moemm.config.check_objectives import OBJECTIVE_RULES
 from moemm.config.deepspeed import check_extra
 from moemm.config.joint import check_joint, samples_of
@@ -176,6 +177,7 @@ RULES: tuple[Rule, ...] = (
     *EXPERT_RULES,
     _missing,
     *OBJECTIVE_RULES,
+    *HARMONIZE_RULES,
     _duration,
     _batch,
     _precision,

@@ -316,6 +316,32 @@ class ObjectivesConfig:
     """Replaced-token detection."""
 
 
+Cosine = Annotated[float, Interval(ge=-1.0, le=1.0)]
+
+
+@dataclass(kw_only=True)
+class HarmonizeConfig:
+    """What is done where the gradients of two losses oppose each other, at the end of the trunk, before they are added.
+
+    Losses meet there where they read the same tokens: the labels of one sample (`data.joint_labels`), the pairs of
+    `objectives.contrastive`, `objectives.similarity` and what else reads its views."""
+
+    method: Annotated[str, MinLen(1)] = "sum"
+    """`sum`: nothing. `realign`, `curriculum`, `realign_curriculum`, `pcgrad`, `gradvac`, `cagrad`, `mgda`, `imtl_g`,
+    `nash_mtl`, `aligned_mtl`, `upgrad`, `dual_cone`, `random`: docs/harmonize.md; or what @register_harmonizer adds."""
+    per: Literal["sample", "token", "modality", "batch"] = "sample"
+    """Whose gradients are compared and weighed together: those of each sample, token or modality, or of a micro-batch
+    over all ranks."""
+    gamma: Cosine = 0.0
+    """realign, curriculum, realign_curriculum: the cosine under which two losses are in conflict."""
+    gamma_start: Cosine | None = None
+    """The same at the first step, from where it moves in a straight line; it never moves when not given."""
+    gamma_over: Annotated[float, Interval(gt=0.0, le=1.0)] | None = None
+    """Share of the steps over which it moves: 1 when not given."""
+    strength: Annotated[float, Interval(gt=0.0, lt=1.0)] = 0.5
+    """cagrad: how far from the mean gradient, as a share of its length. gradvac: rate of its averages."""
+
+
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """When to save, and how many to keep."""
@@ -398,6 +424,8 @@ class Config:
     """The model."""
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     """What is minimised."""
+    harmonize: HarmonizeConfig = field(default_factory=HarmonizeConfig)
+    """Conflicts between losses."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The optimisation."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

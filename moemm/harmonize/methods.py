@@ -59,14 +59,14 @@ def pcgrad(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     return share_XTT.sum(1)
 
 
-@register_harmonizer("gradvac")
+@register_harmonizer("gradvac", keeps=("cosine",))
 def gradvac(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     """Turn each gradient until its cosine to the others is at least what it has been on average (arXiv:2010.05874).
 
     Averages are exponential, of rate `strength`, one for each pair, over the steps and all Gram matrices of a step.
     """
     num = gram_XTT.shape[1]
-    wanted_TT = context.state.setdefault("cosine", gram_XTT.new_zeros(num, num))
+    wanted_TT = context.state["cosine"]
     share_XTT, length_XT = _eye(gram_XTT), _squares(gram_XTT).sqrt()
     for i, j in _random_pairs(num, context.generator):
         product_XT = times(gram_XTT, share_XTT[:, i])

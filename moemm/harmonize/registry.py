@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +20,8 @@ class Context:
     """What a harmonizer may know besides the Gram matrix.
 
     gamma: cosine under which two losses are in conflict. strength: c of CAGrad, rate of GradVac.
-    generator: for methods that draw; the same on all ranks, so that their draws are. state: what a method keeps from
-    step to step, by name; tensors with a leading axis per loss or pair of losses.
+    generator: for methods that draw; the same on all ranks, so that their draws are. state: name -> (T, T) float64 of
+    what the method keeps from step to step, to be changed in place; saved with the run.
     """
 
     gamma: float = 0.0
@@ -34,17 +36,42 @@ Weigh = Callable[[torch.Tensor, Context], torch.Tensor]
 The weights are on the scale of the sum: those of losses that do not conflict are about 1.
 """
 
-HARMONIZERS: dict[str, Weigh] = {}
+
+class Harmonizer(NamedTuple):
+    """A method. keeps: names of its state."""
+
+    weigh: Weigh
+    keeps: tuple[str, ...] = ()
 
 
-def register_harmonizer(name: str) -> Callable[[Weigh], Weigh]:
-    """Make a function known as `harmonize.method: NAME`. A name that is taken by another function is an error."""
+HARMONIZERS: dict[str, Harmonizer] = {}
+
+
+def register_harmonizer(name: str, *, keeps: tuple[str, ...] = ()) -> Callable[[Weigh], Weigh]:
+    """Make a function known as `harmonize.method: NAME`. A name that is taken by another function is an error.
+
+    keeps: names of (T, T) tensors, zeros at the start, that `context.state` holds for it from step to step.
+    """
 
     def add(weigh: Weigh) -> Weigh:
         known = HARMONIZERS.get(name)
-        if known is not None and known is not weigh:
-            raise ConfigError(f"harmonizer '{name}' is registered by both {known} and {weigh}")
-        HARMONIZERS[name] = weigh
+        if known is not None and known.weigh is not weigh:
+            raise ConfigError(f"harmonizer '{name}' is registered by both {known.weigh} and {weigh}")
+        HARMONIZERS[name] = Harmonizer(weigh, keeps)
         return weigh
 
     return add
+
+
+def find(method: str) -> Harmonizer:
+    """The harmonizer of this name, an installed package's too (entry point `moemm.harmonizers`). Raises ConfigError."""
+    if method not in HARMONIZERS:
+        for entry in entry_points(group="moemm.harmonizers", name=method):
+            entry.load()  # registers it
+    if method not in HARMONIZERS:
+        raise ConfigError(
+            f"harmonize.method: no harmonizer '{method}'\n"
+            f"  allowed: {', '.join(sorted(HARMONIZERS))}\n"
+            "  to do: name one of these, or register yours with @moemm.register_harmonizer"
+        )
+    return HARMONIZERS[method]

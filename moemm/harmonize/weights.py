@@ -5,12 +5,12 @@ T losses; leading dimensions are samples, groups, or none.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from moemm.errors import ConfigError
-from moemm.harmonize.registry import HARMONIZERS, Context, Weigh
+from moemm.harmonize.registry import Context, Harmonizer, find
 
 
 class Weights(NamedTuple):
@@ -32,7 +32,7 @@ def weights(gram: torch.Tensor, method: str, context: Context | None = None) -> 
     left out and has weight 0. Of a single loss the weight is 1. The weights do not change when a Gram matrix is scaled.
     Raises ConfigError for a method that is not registered.
     """
-    weigh = find(method)
+    harmonizer, context = find(method), context or Context()
     gram_XTT = gram.detach().double().reshape(-1, *gram.shape[-2:])
     finite_XT = torch.isfinite(gram_XTT.diagonal(dim1=1, dim2=2))
     both_XTT = finite_XT[:, :, None] & finite_XT[:, None, :]
@@ -42,22 +42,25 @@ def weights(gram: torch.Tensor, method: str, context: Context | None = None) -> 
     for rows_x, losses_t in _by_presence(gram_XTT.diagonal(dim1=1, dim2=2) > 0.0):
         part_xtt = gram_XTT[rows_x][:, losses_t][:, :, losses_t]
         part_xtt = part_xtt / part_xtt.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        found_xt = weigh(part_xtt, context or Context())
+        found_xt = _call(harmonizer, part_xtt, context, losses_t, gram.shape[-1])
         fine_x1 = torch.isfinite(found_xt).all(1, keepdim=True)
         refused += int((~fine_x1).sum())
         w_XT[rows_x[:, None], losses_t] = found_xt.double().where(fine_x1, 1.0)
     return Weights(w_XT.view(gram.shape[:-1]), int((~finite_XT.all(1)).sum()), refused)
 
 
-def find(method: str) -> Weigh:
-    """The harmonizer of this name. Raises ConfigError."""
-    if method not in HARMONIZERS:
-        raise ConfigError(
-            f"harmonize.method: no harmonizer '{method}'\n"
-            f"  allowed: {', '.join(sorted(HARMONIZERS))}\n"
-            "  to do: name one of these, or register yours with @moemm.register_harmonizer"
-        )
-    return HARMONIZERS[method]
+def _call(
+    harmonizer: Harmonizer, gram_xtt: torch.Tensor, context: Context, losses_t: torch.Tensor, num_losses: int
+) -> torch.Tensor:
+    """The method's weights for some of the losses; it sees their part of its state."""
+    square_tt = (losses_t[:, None], losses_t)
+    for name in harmonizer.keeps:
+        context.state.setdefault(name, gram_xtt.new_zeros(num_losses, num_losses))
+    part = {name: context.state[name][square_tt] for name in harmonizer.keeps}
+    found_xt = harmonizer.weigh(gram_xtt, replace(context, state=part))
+    for name, tensor in part.items():
+        context.state[name][square_tt] = tensor
+    return found_xt
 
 
 def _by_presence(present_XT: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -77,6 +77,10 @@ class Heads(nn.Module):
             rows[task.name] = pooled_bX[task_b == number]
         return {name: self.linear[name](x).float() for name, x in rows.items()}
 
+    def losses(self, sample_T: torch.Tensor, task_B: torch.Tensor) -> torch.Tensor:
+        """(P, T) the task whose loss each pass brings to each token; -1 where the pass does not read it."""
+        return self.task_PN[:, task_B][:, sample_T]
+
     def num_pools(self, task_B: torch.Tensor) -> torch.Tensor:
         """(B,) how many passes pool the tokens of samples that were drawn for these tasks."""
         return 1 + (self.task_PN[1:, task_B] >= 0).sum(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from moemm.config.schema import ModelConfig
 from moemm.data.catalogue import TaskInfo
 from moemm.data.sample import PackedBatch
+from moemm.harmonize import Fork, Readers
 from moemm.modalities import ModalitySpec, build_tokenizer
 from moemm.models.heads import Heads
 from moemm.models.latents import Latents
@@ -19,7 +20,7 @@ from moemm.models.position import FourierPosition
 from moemm.models.stream import Stream, join
 from moemm.models.trunk import Trunk
 from moemm.models.untied import share_groups
-from moemm.models.views import Pretext, Sums
+from moemm.models.views import Pretext, Sums, Views
 from moemm.moe import ExpertMap, MoELayer, RouterStats, active_experts
 
 
@@ -58,6 +59,8 @@ class Model(nn.Module):
         self.missing = build_missing(config, list(specs), tasks)  # last: the other weights are the same with each kind
         self.pretext: Pretext | None = None
         """Set after building, so that the other weights are those of a model without it."""
+        self.fork: Fork | None = None
+        """What settles conflicts between the losses' gradients; set after building, for training."""
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
         """Outputs of every task for the samples of a batch. Modalities must be those of the model, in its order."""
@@ -65,8 +68,10 @@ class Model(nn.Module):
         if self.pretext is not None and self.training:
             return self._with_pretext(self.pretext, batch)
         stream = self.tokenize(batch)
-        states, stats = self.trunk(stream)
-        *earlier, last = [self.heads(x_TD, stream.sample_T, batch.task) for x_TD in states]
+        (*states, last_TD), stats = self.trunk(stream)
+        earlier = [self.heads(x_TD, stream.sample_T, batch.task) for x_TD in states]
+        branches = self._fork(last_TD, stream, self.heads.losses(stream.sample_T, batch.task))
+        last = self.heads(branches, stream.sample_T, batch.task)
         return ModelOutput(last, stats, stream.values_TD.shape[0], earlier, stream.missing)
 
     def _with_pretext(self, pretext: Pretext, batch: PackedBatch) -> ModelOutput:
@@ -74,9 +79,28 @@ class Model(nn.Module):
         tokens = [self.tokenizers[name](packed) for name, packed in batch.modalities.items()]
         views = pretext.views(tokens, join(tokens, batch), batch, self.tokenizers)  # type: ignore[arg-type]
         name, first = next(iter(views.parts.items()))
-        states, stats = self.trunk(self.place(views.stream))
-        *earlier, last = [self.heads(views.split(x_TD)[name], first.sample_T, batch.task) for x_TD in states]
-        return ModelOutput(last, stats, views.stream.values_TD.shape[0], earlier, pretext=pretext(states[-1], views))
+        (*states, last_TD), stats = self.trunk(self.place(views.stream))
+        earlier = [self.heads(views.split(x_TD)[name], first.sample_T, batch.task) for x_TD in states]
+        loss_BT = self._losses(pretext, views, batch)
+        branches = self._fork(last_TD, replace(views.stream, sample_T=pretext.owners(views)), loss_BT)
+        passes = self.heads.num_passes
+        last = self.heads([views.split(x_TD)[name] for x_TD in branches[:passes]], first.sample_T, batch.task)
+        sums = pretext(branches[passes:], views)
+        return ModelOutput(last, stats, views.stream.values_TD.shape[0], earlier, pretext=sums)
+
+    def _losses(self, pretext: Pretext, views: Views, batch: PackedBatch) -> torch.Tensor:
+        """(B, T) int64: of which loss, the tasks' first, is what each branch brings to the views' tokens."""
+        name, first = next(iter(views.parts.items()))
+        own = [views.spread({name: loss_T}, other=-1) for loss_T in self.heads.losses(first.sample_T, batch.task)]
+        others_BT = pretext.readers(views)
+        return torch.cat([torch.stack(own), torch.where(others_BT >= 0, others_BT + len(self.tasks), -1)])
+
+    def _fork(self, x_TD: torch.Tensor, stream: Stream, loss_BT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The stream, once for each branch; see Fork."""
+        if self.fork is None or not self.training:
+            return (x_TD,) * loss_BT.shape[0]
+        num_samples, num_modalities = stream.presence_BM.shape
+        return self.fork(x_TD, Readers(loss_BT, stream.sample_T, stream.modality_T, num_samples, num_modalities))
 
     def tokenize(self, batch: PackedBatch) -> Stream:
         """The packed stream: tokens + modality embedding + position and time; with `model.latents`, what stands for

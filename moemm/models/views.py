@@ -48,6 +48,11 @@ class Views:
         sizes = [part.values_TD.shape[0] for part in self.parts.values()]
         return dict(zip(self.parts, x_TD[self.place_T].split(sizes), strict=True))
 
+    def spread(self, values: Mapping[str, torch.Tensor], *, other: int) -> torch.Tensor:
+        """(T,) int64 values of some views' tokens where they stand in the stream; `other` for those of other views."""
+        parts = [values.get(name, torch.full_like(part.sample_T, other)) for name, part in self.parts.items()]
+        return torch.empty_like(self.stream.sample_T).scatter(0, self.place_T, torch.cat(parts))
+
 
 class Pretext(nn.Module, ABC):
     """What a model learns without labels; see moemm.objectives.pretext. Holds no parameters but those of its modules.
@@ -56,6 +61,10 @@ class Pretext(nn.Module, ABC):
     """
 
     step: int = 0
+    losses: tuple[str, ...] = ()
+    """Names of what it minimises, as far as gradients are told apart: each pair of a contrastive objective is one."""
+    meet: bool = False
+    """Whether two losses, of these or of the tasks, read one token."""
 
     @abstractmethod
     def views(
@@ -67,8 +76,18 @@ class Pretext(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(self, x_TD: torch.Tensor, views: Views) -> Sums:
-        """The losses, from what the trunk made of the views' stream."""
+    def readers(self, views: Views) -> torch.Tensor:
+        """(B, T) int64 for each of B branches and each token of the views' stream: the number in `losses` of the loss
+        whose gradient that branch brings to that token; -1 for none. B is the same for every batch.
+        """  # fmt: skip
+
+    @abstractmethod
+    def owners(self, views: Views) -> torch.Tensor:
+        """(T,) int64 the sample of the batch that each token of the views' stream is of."""
+
+    @abstractmethod
+    def forward(self, branches: Sequence[torch.Tensor], views: Views) -> Sums:
+        """The losses, from what the trunk made of the views' stream; it comes once for each branch, or once for all."""
 
 
 def select(stream: Stream, index_T: torch.Tensor, lengths: Sequence[int]) -> Stream:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -61,38 +61,65 @@ class Contrastive(Objective):
 
         The share's gradient is scaled back up, so that the sum over ranks is the gradient of the global loss.
         """
-        content, stream = scene.content, scene.views.parts["alone"]
-        num_samples, num_modalities = content.present_BM.shape
-        mean_CD = mean_tokens(scene.x["alone"], stream.sample_T, num_samples * num_modalities)
-        mean_BMD = mean_CD.view(num_samples, num_modalities, -1)
+        present_BM = scene.content.present_BM
+        own = [self._encode(scene, x["alone"]) for x in scene.aliases]
+        everyone_NMD, first = gather_rows(own[0].detach())
+        present_NM, _ = gather_rows(present_BM.to(torch.uint8))
+        ranks, place_B = num_ranks(), torch.arange(first, first + len(present_BM), device=present_BM.device)
+        shares = [one.detach() + ranks * (one - one.detach()) for one in own]
+        # Where the pairs' gradients are to be told apart, each pair of a sample reads an alias of its own.
+        share_QBMD = torch.stack(shares)
+        alias_BP = pair_numbers(present_BM, self.pairs).clamp(0, len(shares) - 1)
+
+        def rows(pair: int) -> torch.Tensor:
+            own_BMD = (
+                shares[0]
+                if len(shares) == 1
+                else share_QBMD[alias_BP[:, pair], torch.arange(len(place_B), device=place_B.device)]
+            )
+            return everyone_NMD.index_copy(0, place_B, own_BMD)
+
+        loss, count = self._over_pairs(rows, present_NM.bool())
+        return loss / ranks + 0.0 * torch.stack(own).sum(), count / ranks
+
+    def _encode(self, scene: Scene, x_TD: torch.Tensor) -> torch.Tensor:
+        """(B, M, D) fp32 the direction of each modality of each sample; zeros where it is absent."""
+        num_samples, num_modalities = scene.content.present_BM.shape
+        mean_CD = mean_tokens(x_TD, scene.views.parts["alone"].sample_T, num_samples * num_modalities)
+        mean_BMD = mean_CD.view(num_samples, num_modalities, -1).to(x_TD.dtype)
         parts = [
-            F.normalize(layer(mean_BMD[:, number].to(scene.x["alone"].dtype)).float(), dim=-1)
+            F.normalize(layer(mean_BMD[:, number]).float(), dim=-1)
             for number, layer in enumerate(self.project.values())
         ]
-        own_BMD = torch.stack(parts, dim=1)
-        everyone_NMD, first = gather_rows(own_BMD)
-        present_NM, _ = gather_rows(content.present_BM.to(torch.uint8))
-        ranks = num_ranks()
-        share_BMD = own_BMD.detach() + ranks * (own_BMD - own_BMD.detach())
-        place_B = torch.arange(first, first + num_samples, device=own_BMD.device)
-        loss, count = self._over_pairs(everyone_NMD.index_copy(0, place_B, share_BMD), present_NM.bool())
-        return loss / ranks + 0.0 * own_BMD.sum(), count / ranks
+        return torch.stack(parts, dim=1)
 
-    def _over_pairs(self, z_NMD: torch.Tensor, present_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum over samples of the mean over their pairs; the number of samples that have a pair to be told apart."""
+    def _over_pairs(
+        self, encoded: Callable[[int], torch.Tensor], present_NM: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum over samples of the mean over their pairs; the number of samples that have a pair to be told apart.
+
+        encoded: number of a pair -> (N, M, D).
+        """
         rows, cosines = [], []
         together_MM = (present_NM.float().T @ present_NM.float()).tolist()
-        for a, b in self.pairs:
+        for number, (a, b) in enumerate(self.pairs):
             if together_MM[a][b] > 1:  # alone, a sample has nothing to be told apart from; all ranks see the same here
-                row_n = (present_NM[:, a] & present_NM[:, b]).nonzero().flatten()
+                row_n, z_NMD = (present_NM[:, a] & present_NM[:, b]).nonzero().flatten(), encoded(number)
                 rows.append(row_n)
                 cosines.append(z_NMD[row_n, a] @ z_NMD[row_n, b].T)
         losses, reach = self.pair_loss(cosines)
-        loss_N, pairs_N = z_NMD.new_zeros(z_NMD.shape[0]), z_NMD.new_zeros(z_NMD.shape[0])
+        loss_N = present_NM.new_zeros(present_NM.shape[0], dtype=torch.float32)
+        pairs_N = torch.zeros_like(loss_N)
         for row_n, loss_n in zip(rows, losses, strict=True):
             loss_N = loss_N.index_add(0, row_n, loss_n)
             pairs_N = pairs_N.index_add(0, row_n, torch.ones_like(loss_n.detach()))
         return (loss_N / pairs_N.clamp_min(1.0)).sum() + reach, (pairs_N > 0).sum().float()
+
+
+def pair_numbers(present_BM: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """(B, P) int64: the how many-eth of its sample's pairs each pair is; -1 where the sample lacks it."""
+    both_BP = torch.stack([present_BM[:, a] & present_BM[:, b] for a, b in pairs], dim=1)
+    return torch.where(both_BP, both_BP.cumsum(1) - 1, -1)
 
 
 def pairs_of(config: ContrastiveConfig, names: list[str]) -> list[tuple[int, int]]:

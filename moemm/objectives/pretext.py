@@ -25,7 +25,7 @@ from moemm.models import Pretext, Sums, Views
 from moemm.models.stream import Stream
 from moemm.models.views import select
 from moemm.objectives.content import Content
-from moemm.objectives.contrastive import pairs_of
+from moemm.objectives.contrastive import pair_numbers, pairs_of
 from moemm.objectives.masking import Mask, wanted
 from moemm.objectives.registry import OBJECTIVES, Scene
 from moemm.objectives.replaced import exchange
@@ -36,11 +36,13 @@ ORDER = ("clean", "masked", "replaced", "alone")
 
 
 class LabelFree(Pretext):
-    """See build_pretext. shapes: modality -> what its tokens can tell."""
+    """See build_pretext. shapes: modality -> what its tokens can tell; tasks: the modalities of each task."""
 
-    def __init__(self, config: ObjectivesConfig, shapes: Shapes, dim: int, *, seed: int):
+    def __init__(
+        self, config: ObjectivesConfig, shapes: Shapes, dim: int, *, tasks: Sequence[Sequence[str]], seed: int
+    ):
         super().__init__()
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.modalities = config, seed, list(shapes)
         names = label_free(config)
         self.objectives = nn.ModuleDict({name: OBJECTIVES[name](getattr(config, name), shapes, dim) for name in names})
         read = {view for name in names for view in OBJECTIVES[name].views}
@@ -48,6 +50,28 @@ class LabelFree(Pretext):
             read.add("clean")
         self.order = tuple(view for view in ORDER if view in read)
         self.mask = Mask(shapes, config.masked, dim) if "masked" in read else None
+        self._name_losses(tasks)
+
+    def _name_losses(self, tasks: Sequence[Sequence[str]]) -> None:
+        """Losses, and where those of each objective begin; a pair of modalities is one where a task has both."""
+        self._pairs: list[tuple[int, int]] = []
+        self._most_pairs = 0
+        names: list[str] = []
+        self._first: dict[str, int] = {}
+        for name in self.objectives:
+            self._first[name] = len(names)
+            if name != "contrastive":
+                names.append(name)
+                continue
+            pairs = pairs_of(self.config.contrastive, self.modalities)
+            named = [({self.modalities[a], self.modalities[b]}, (a, b)) for a, b in pairs]
+            self._pairs = [pair for both, pair in named if any(both <= set(task) for task in tasks)]
+            self._most_pairs = max(sum(both <= set(task) for both, _ in named) for task in tasks)
+            names += [f"contrastive {self.modalities[a]}+{self.modalities[b]}" for a, b in self._pairs]
+        self.losses = tuple(names)
+        self.meet = self._most_pairs > 1 or (
+            "similarity" in self.objectives and ("masked" in self.objectives or is_on(self.config.supervised))
+        )
 
     def views(
         self, tokens: Sequence[Tokens], content: Stream, batch: PackedBatch, tokenizers: Mapping[str, Tokenizer]
@@ -65,14 +89,47 @@ class LabelFree(Pretext):
             made["alone"] = alone(known)
         return Views.stack({view: made[view] for view in self.order}, (known, hidden_T, exchanged_T))
 
-    def forward(self, x_TD: torch.Tensor, views: Views) -> Sums:
+    def readers(self, views: Views) -> torch.Tensor:
+        """See Pretext: one branch an objective, and of contrastive ones one for each pair that a sample can have."""
+        content, _, _ = views.known
+        rows = []
+        for name in self.objectives:
+            if name == "contrastive":
+                rows += self._pair_rows(views, pair_numbers(content.present_BM, self._pairs))
+                continue
+            own = {
+                view: torch.full_like(views.parts[view].sample_T, self._first[name]) for view in OBJECTIVES[name].views
+            }
+            rows.append(views.spread(own, other=-1))
+        return torch.stack(rows)
+
+    def _pair_rows(self, views: Views, number_BP: torch.Tensor) -> list[torch.Tensor]:
+        """Of contrastive branches: branch q brings the gradient of each sample's q-th pair."""
+        sample_T = views.parts["alone"].sample_T // len(self.modalities)
+        rows = []
+        for number in range(self._most_pairs):
+            has_BP = number_BP == number
+            loss_B = torch.where(has_BP.any(1), has_BP.int().argmax(1) + self._first["contrastive"], -1)
+            rows.append(views.spread({"alone": loss_B[sample_T]}, other=-1))
+        return rows
+
+    def owners(self, views: Views) -> torch.Tensor:
+        """See Pretext."""
+        num = len(self.modalities)
+        parts = {name: part.sample_T // num if name == "alone" else part.sample_T for name, part in views.parts.items()}
+        return views.spread(parts, other=0)
+
+    def forward(self, branches: Sequence[torch.Tensor], views: Views) -> Sums:
         """Every objective, in the order of the schema."""
         content, hidden_T, exchanged_T = views.known
-        scene = Scene(content, views, views.split(x_TD), hidden_T, exchanged_T)
-        found = {}
+        aliases = [views.split(x_TD) for x_TD in branches]
+        found, first = {}, 0
         for name, objective in self.objectives.items():
-            loss, count = objective(scene)
-            found[name] = (loss, count)
+            count = self._most_pairs if name == "contrastive" else 1
+            own = aliases if len(aliases) == 1 else aliases[first : first + count]
+            first += count
+            loss, number = objective(Scene(content, views, own, hidden_T, exchanged_T))
+            found[name] = (loss, number)
         return found
 
 
@@ -102,7 +159,7 @@ def build_pretext(
     shapes = {name: tokenizer.target_shape for name, tokenizer in tokenizers.items()}
     _check_masked(config, shapes)
     _check_pairs(config, list(shapes), tasks)
-    return LabelFree(config, shapes, dim, seed=seed)
+    return LabelFree(config, shapes, dim, tasks=[task.modalities for task in tasks], seed=seed)
 
 
 def _check_masked(config: ObjectivesConfig, shapes: Shapes) -> None:

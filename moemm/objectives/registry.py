@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,15 +20,21 @@ from moemm.objectives.content import Content
 class Scene:
     """What an objective may read: the batch, which tokens were hidden, and what the trunk made of each view.
 
-    x: view -> (T, D). views: their streams. hidden_T: (T,) bool, of the view `masked`; None without it.
+    aliases: view -> (T, D), once for each of the objective's branches. views: their streams.
+    hidden_T: (T,) bool, of the view `masked`; None without it.
     exchanged_T: (T,) bool, of the view `replaced`: which tokens were exchanged; None without it.
     """
 
     content: Content
     views: Views
-    x: Mapping[str, torch.Tensor]
+    aliases: Sequence[Mapping[str, torch.Tensor]]
     hidden_T: torch.Tensor | None
     exchanged_T: torch.Tensor | None
+
+    @property
+    def x(self) -> Mapping[str, torch.Tensor]:
+        """The first alias: all that an objective with one loss needs."""
+        return self.aliases[0]
 
 
 class Objective(nn.Module, ABC):

@@ -15,7 +15,8 @@ class Metrics:
     loss: the objective, all losses included. losses, accuracy: task -> mean over its samples (accuracy: of
     classification only). objectives: name -> mean over the samples that it concerns, of those without labels.
     missing_loss: of the regression of absent modalities, 0 without one. Tasks and objectives without a sample in the
-    window are missing. routing: what the routers did; None without one.
+    window are missing. routing: what the routers did; None without one. conflict: "a | b" -> (mean cosine of the
+    gradients of two losses, share of the samples or groups where it is negative), where `harmonize` looks at them.
     """
 
     step: int
@@ -32,6 +33,7 @@ class Metrics:
     missing_loss: float = 0.0
     objectives: dict[str, float] = field(default_factory=dict)
     routing: RouterReport | None = None
+    conflict: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the routing, as JSON types."""

@@ -49,6 +49,8 @@ class TensorBoard:
             **{f"loss/{task}": value for task, value in metrics.losses.items()},
             **{f"objective/{name}": value for name, value in metrics.objectives.items()},
             **{f"accuracy/{task}": value for task, value in metrics.accuracy.items()},
+            **{f"conflict_cos/{pair}": cos for pair, (cos, _) in metrics.conflict.items()},
+            **{f"conflict_share/{pair}": share for pair, (_, share) in metrics.conflict.items()},
         }
         if metrics.grad_norm is not None:
             scalars["train/grad_norm"] = metrics.grad_norm

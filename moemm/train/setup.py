@@ -24,6 +24,7 @@ from moemm.errors import CheckpointError, ConfigError
 from moemm.modalities import ModalitySpec, fit_modalities, specs_from_dict, specs_to_dict
 from moemm.models import Model, build_model
 from moemm.objectives import build_pretext
+from moemm.train.harmonizing import build_fork
 from moemm.train.init import reuse_specs
 
 CONFIG, MODALITIES, CATALOGUE, SUMMARY = "config.yaml", "modalities.json", "catalogue.json", "summary.json"
@@ -82,6 +83,7 @@ def seeded_model(setup: Setup, device: torch.device) -> Model:
     model.pretext = build_pretext(
         setup.config.objectives, tokenizers, model.tasks, setup.config.model.dim, seed=setup.config.train.seed
     )
+    model.fork = build_fork(setup.config, model)
     return model.to(device)
 
 

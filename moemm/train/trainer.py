@@ -26,6 +26,7 @@ from moemm.train.balance import RouterBalance
 from moemm.train.callbacks import Callback
 from moemm.train.engine import Engine
 from moemm.train.guard import GradientGuard
+from moemm.train.harmonizing import ConflictReport, draw_number, gamma, report
 from moemm.train.health import refuse_gradient, refuse_loss
 from moemm.train.init import initialise
 from moemm.train.routing import balance_advice, few_are_wanted, routing_names
@@ -65,7 +66,7 @@ class Trainer:
         self.engine = Engine(model, self.config, world)
         self._balance = RouterBalance(model.trunk)
         allowed_LME = model.trunk.allowed()
-        self._pretext = model.pretext
+        self._pretext, self._fork = model.pretext, model.fork
         self._objective = Objective(
             setup.catalogue, self.config, world, total_steps=setup.total_steps, allowed_LME=allowed_LME
         )
@@ -167,8 +168,10 @@ class Trainer:
         self._objective.begin(self.step)
         if self._pretext is not None:
             self._pretext.step = self.step
-        for _ in range(self.config.train.accumulation):
+        for micro in range(self.config.train.accumulation):
             batch = next(batches).to(self.world.device)
+            if self._fork is not None:
+                self._fork.begin(draw_number(self.config.train.seed, self.step, micro), self._gamma())
             output = self.engine(batch)
             loss = self._objective(output, batch)
             broken = loss.broken(self.tasks)
@@ -185,6 +188,9 @@ class Trainer:
         if self._norm is not None and not np.isfinite(self._norm):
             refuse_gradient(self.step, self._norm)
         self.step += 1
+
+    def _gamma(self) -> float:
+        return gamma(self.step, total=self.setup.total_steps, config=self.config.harmonize)
 
     def _learning_rate(self) -> float:
         train = self.config.train
@@ -204,6 +210,7 @@ class Trainer:
 
     def _report(self, total: int) -> None:
         means = self._window.take()
+        conflict = None if self._fork is None else report(self._fork, self.world.size)
         now = time.perf_counter()
         window_s, self._reported = now - self._reported, now
         self.tokens, self.seconds = self.tokens + means.tokens, self.seconds + window_s
@@ -223,11 +230,26 @@ class Trainer:
             seconds=now - self._began,
             seconds_left=(total - self.step) * window_s / steps,
             routing=means.routing,
+            conflict={} if conflict is None else conflict.pairs,
         )
+        if conflict is not None:
+            self._tell_refused(conflict)
         for callback in self._callbacks:
             callback.on_metrics(metrics)
         for text in self._alarm.check(means.routing):
             self.tell(f"step {self.step}  {text}")
+
+    def _tell_refused(self, conflict: ConflictReport) -> None:
+        method = self.config.harmonize.method
+        if conflict.refused:
+            self.tell(
+                f"step {self.step}  harmonize.method {method} gave weights that are not finite "
+                f"{conflict.refused} times; the plain sum stood in"
+            )
+        if conflict.broken:
+            self.tell(
+                f"step {self.step}  a gradient at the fork was not finite {conflict.broken} times; it was left out"
+            )
 
     def evaluate(self, split: str) -> Scores:
         """Scores of the model as it is on a split; all ranks together. The training's random sequence goes on as if it

@@ -158,8 +158,11 @@ def joint(folder: str, data: str, stages: list[int]) -> dict[str, Any]:
     sections = {"data": {"root": data, "num_workers": 0, "tasks": tasks, "joint_labels": True}}
     found: dict[str, Any] = {}
     for stage in stages:
-        for case in ("mixed", "apart", "every block"):
-            more = {"model": {"predict_every_block": True}} if case == "every block" else {}
+        for case in ("mixed", "apart", "every block", "settled")[: 4 if stage in (0, 3) else 2]:
+            more: dict[str, Any] = {
+                "every block": {"model": {"predict_every_block": True}},
+                "settled": {"harmonize": {"method": "upgrad", "per": "batch"}},
+            }.get(case, {})
             trainer, recorder = build(
                 Path(folder), world, name=f"joint_{case}_{stage}_{world.size}", stage=stage, **sections, **more
             )
@@ -202,6 +205,36 @@ def pretext(folder: str, stages: list[int]) -> dict[str, Any]:
                 trainer.run()
             found[f"{case} {stage}"] = recorder.losses
             done(trainer)
+    return found
+
+
+HARMONIZED: dict[str, dict[str, Any]] = {
+    "sum": {},
+    "upgrad sample": {"method": "upgrad"},
+    "pcgrad batch": {"method": "pcgrad", "per": "batch"},
+    "gradvac modality": {"method": "gradvac", "per": "modality"},
+    "curriculum accumulated": {"method": "curriculum", "gamma": 0.05, "gamma_start": -0.1},
+    "mgda apart": {"method": "mgda", "per": "batch"},
+}
+
+
+def harmonized(folder: str, cases: list[tuple[str, int]]) -> dict[str, Any]:
+    """Losses of six steps with conflicts settled; in micro-batches, and with modalities and views on one rank alone."""
+    world = connect(timeout_s=60)
+    objectives = {**PRETEXT, "similarity": {"weight": 2.0}}
+    found: dict[str, Any] = {}
+    for case, stage in cases:
+        trainer, recorder = build(
+            Path(folder), world, name=f"harmonized_{case.replace(' ', '_')}_{stage}_{world.size}", stage=stage,
+            objectives=objectives, harmonize=HARMONIZED[case],
+            train={"accumulation": 2 if "accumulated" in case else 1},
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            if "apart" in case:
+                deal(patch, Apart)
+            trainer.run()
+        found[f"{case} {stage}"] = recorder.losses
+        done(trainer)
     return found
 
 

@@ -16,6 +16,13 @@ from moemm.testing.tiny import write_tiny_data
 
 HERE = Path(__file__).parent
 STAGES = [0, 1, 2, 3]
+HARMONIZED = [
+    *product(("upgrad sample", "pcgrad batch"), STAGES),
+    ("gradvac modality", 2),
+    ("curriculum accumulated", 2),
+    ("mgda apart", 0),
+    ("mgda apart", 3),
+]
 CASES = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")]
 
 
@@ -82,7 +89,9 @@ def joined(folder: Path) -> dict[str, np.ndarray]:
     return found | {f"one {name}": np.array(value) for name, value in alone.items()}
 
 
-@pytest.mark.parametrize(("case", "stage"), list(product(("mixed", "apart", "every block"), STAGES)))
+@pytest.mark.parametrize(
+    ("case", "stage"), [*product(("mixed", "apart"), STAGES), *product(("every block", "settled"), (0, 3))]
+)
 def test_samples_of_two_tasks_train_on_two_ranks_as_on_one(
     joined: dict[str, np.ndarray], case: str, stage: int
 ) -> None:
@@ -90,6 +99,9 @@ def test_samples_of_two_tasks_train_on_two_ranks_as_on_one(
     assert one.shape == two.shape == (6, 5), "loss, router, and three tasks"
     assert one[-1, 0] < one[0, 0] - 0.05, "the losses must move for this to mean anything"
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    if case == "settled":
+        plain = joined["one apart 0"]  # the same batches
+        assert np.abs(one - plain)[1:].max() > 1e-4, "settling must change something to mean anything"
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +122,24 @@ def test_objectives_without_labels_are_those_of_the_global_batch(
     assert one.shape == two.shape == (6, 6 if case == "unlabelled" else 8)
     assert (np.abs(np.diff(one[:, -4:], axis=0)).max(0) > 1e-3).all(), "the losses must move for this to mean anything"
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def settled(folder: Path) -> dict[str, np.ndarray]:
+    names = ["sum", *dict.fromkeys(case for case, _ in HARMONIZED)]
+    alone = job("harmonized", ranks=1, folder=str(folder), cases=[(case, 0) for case in names])[0]
+    both = job("harmonized", folder=str(folder), cases=HARMONIZED)
+    assert both[0] == both[1], "ranks report different losses"
+    found = {f"two {name}": np.array(value) for name, value in both[0].items()}
+    return found | {f"one {name}": np.array(value) for name, value in alone.items()}
+
+
+@pytest.mark.parametrize(("case", "stage"), HARMONIZED)
+def test_conflicts_are_settled_as_one_rank_would(settled: dict[str, np.ndarray], case: str, stage: int) -> None:
+    one, two = settled[f"one {case} 0"], settled[f"two {case} {stage}"]
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    if case not in ("mgda apart", "curriculum accumulated"):  # those see other batches
+        assert np.abs(one[1:] - settled["one sum 0"][1:]).max() > 5e-3, "this must change something to mean anything"
 
 
 @pytest.fixture(scope="module")

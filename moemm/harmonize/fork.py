@@ -1,0 +1,188 @@
+"""The fork: where several losses read one stream, their gradients meet again, and are weighed before they are added.
+
+Forward hands the stream to each loss as an alias. Autograd then calls one backward function with the gradients of all
+losses with respect to the stream; there the Gram matrices are taken, and the weighted sum goes on into the trunk. So
+there is one backward pass, and no hook into the engine. What lies behind the fork (heads) gets its own loss's gradient.
+
+T tokens, D width, B branches, L losses, X groups (tokens, samples, modalities, or all together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from moemm.exact import ExactBuffers
+from moemm.harmonize.registry import Context, find
+from moemm.harmonize.weights import weights
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""The sum of a tensor over ranks."""
+SHARED = ("modality", "batch")
+"""What tokens of several ranks are judged by together."""
+
+
+class Readers(NamedTuple):
+    """Who reads the stream.
+
+    loss_BT: (B, T) int64: of which loss is the gradient that branch b brings to token t; -1 for none.
+    sample_T, modality_T: (T,) int64 under num_samples and num_modalities.
+    """
+
+    loss_BT: torch.Tensor
+    sample_T: torch.Tensor
+    modality_T: torch.Tensor
+    num_samples: int
+    num_modalities: int
+
+    def groups(self, per: str) -> tuple[torch.Tensor, int]:
+        """(T,) int64 which group each token is judged with, and the number of groups."""
+        if per == "token":
+            return torch.arange(self.sample_T.shape[0], device=self.sample_T.device), self.sample_T.shape[0]
+        if per == "sample":
+            return self.sample_T, self.num_samples
+        if per == "modality":
+            return self.modality_T, self.num_modalities
+        assert per == "batch"
+        return torch.zeros_like(self.sample_T), 1
+
+
+@dataclass(slots=True)
+class Conflict:
+    """What was seen since the last `take`, on this rank; float64 on the stream's device.
+
+    cos_LL, pairs_LL: sum of cosines over groups, and number of groups where both losses meet. against_LL: those whose
+    cosine is negative. counts: groups with a loss whose gradient is not finite, and groups whose weights were refused.
+    """
+
+    cos_LL: torch.Tensor
+    pairs_LL: torch.Tensor
+    against_LL: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def none(cls, num_losses: int, device: torch.device) -> Conflict:
+        """Nothing seen."""
+        cos_LL, pairs_LL, against_LL = torch.zeros(3, num_losses, num_losses, dtype=torch.float64, device=device)
+        return cls(cos_LL, pairs_LL, against_LL, torch.zeros(2, dtype=torch.float64, device=device))
+
+
+class Fork(ExactBuffers):
+    """Hands a stream to branches, and settles their gradients' conflicts on the way back.
+
+    method: as for `weights`. per: which tokens are judged together; tokens and samples lie on one rank, of modalities
+    and the batch the Gram matrices are summed by `reduce`. losses: their names. Holds the method's state as buffers, so
+    that checkpoints have it.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        losses: Sequence[str],
+        *,
+        per: str = "sample",
+        reduce: Reduce,
+        gamma: float = 0.0,
+        strength: float = 0.5,
+    ):
+        super().__init__()
+        self.method, self.losses, self.per, self.reduce = method, tuple(losses), per, reduce
+        self.context = Context(gamma=gamma, strength=strength, generator=torch.Generator())
+        self.seen: Conflict | None = None
+        for name in find(method).keeps:
+            self.register_buffer(name, torch.zeros(len(losses), len(losses), dtype=torch.float64))
+
+    @property
+    def shared(self) -> bool:
+        """Whether tokens of several ranks are judged together."""
+        return self.per in SHARED
+
+    def begin(self, draw: int, gamma: float) -> None:
+        """Before a micro-batch: what is drawn in it follows from `draw`, the same on all ranks."""
+        self.context.generator.manual_seed(draw)  # type: ignore[union-attr]
+        self.context.gamma = gamma
+
+    def forward(self, x_TD: torch.Tensor, readers: Readers) -> tuple[torch.Tensor, ...]:
+        """One alias of the stream a branch; a stream without gradient is handed out as it is."""
+        branches = readers.loss_BT.shape[0]
+        if not (torch.is_grad_enabled() and x_TD.requires_grad):
+            return (x_TD,) * branches
+        return _Join.apply(x_TD, self, readers)
+
+    def settle(self, gradients: Sequence[torch.Tensor | None], readers: Readers) -> torch.Tensor | None:
+        """(T, D) the weighted sum of the branches' gradients, in their dtype; None where there is none.
+
+        Every rank takes part in the sum of shared Gram matrices, also one without any gradient.
+        """
+        there = [(number, one) for number, one in enumerate(gradients) if one is not None]
+        loss_TB = readers.loss_BT[[number for number, _ in there]].T
+        group_T, num_groups = readers.groups(self.per)
+        z_TBD = torch.stack([one.float() for _, one in there], dim=1) if there else None
+        gram_XLL = gram_matrices(z_TBD, loss_TB, group_T, (num_groups, len(self.losses)))
+        if self.shared:
+            gram_XLL = self.reduce(gram_XLL)
+        self.context.state = dict(self.named_buffers(recurse=False))
+        found = weights(gram_XLL, self.method, self.context)
+        self._see(gram_XLL, found.broken, found.refused)
+        if z_TBD is None:
+            return None
+        w_TB = found.w.to(z_TBD)[group_T].gather(1, loss_TB.clamp_min(0)) * (loss_TB >= 0)
+        settled_TD = torch.einsum("tb,tbd->td", w_TB, z_TBD.nan_to_num(0.0, 0.0, 0.0))
+        return settled_TD.to(there[0][1].dtype)
+
+    def _see(self, gram_XLL: torch.Tensor, broken: int, refused: int) -> None:
+        if self.seen is None:
+            self.seen = Conflict.none(len(self.losses), gram_XLL.device)
+        length_XL = gram_XLL.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+        both_XLL = length_XL[:, :, None] * length_XL[:, None, :]
+        known_XLL = torch.isfinite(gram_XLL) & (both_XLL > 0.0) & (gram_XLL != 0.0)  # exactly 0: no token in common
+        cos_XLL = torch.where(known_XLL, gram_XLL / both_XLL.where(known_XLL, 1.0), 0.0)
+        self.seen.cos_LL += cos_XLL.sum(0)
+        self.seen.pairs_LL += known_XLL.sum(0)
+        self.seen.against_LL += (cos_XLL < 0.0).sum(0)
+        self.seen.counts += torch.tensor([broken, refused], device=gram_XLL.device)
+
+    def take(self) -> Conflict | None:
+        """What was seen since the last call; None where nothing came by."""
+        seen, self.seen = self.seen, None
+        return seen
+
+
+def gram_matrices(
+    z_TBD: torch.Tensor | None, loss_TB: torch.Tensor, group_T: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    """(X, L, L) float64: of each group, the products of the losses' gradients over all its tokens.
+
+    z: gradient of each branch, fp32; loss: which loss it is of, -1 for none; shape: (X, L). Products of one token are
+    fp32.
+    """
+    num_groups, num_losses = shape
+    gram_C = torch.zeros(num_groups * num_losses * num_losses, dtype=torch.float64, device=group_T.device)
+    if z_TBD is not None:
+        row_TB = group_T[:, None] * num_losses + loss_TB
+        cell_TBB = row_TB[:, :, None] * num_losses + loss_TB[:, None, :]
+        known_TBB = (loss_TB[:, :, None] >= 0) & (loss_TB[:, None, :] >= 0)
+        product_TBB = (z_TBD @ z_TBD.mT).double().where(known_TBB, 0.0)
+        gram_C.index_add_(0, cell_TBB.where(known_TBB, 0).flatten(), product_TBB.flatten())
+    return gram_C.view(num_groups, num_losses, num_losses)
+
+
+class _Join(torch.autograd.Function):
+    """Aliases forward; the settled sum backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, fork: Fork, readers: Readers) -> tuple[torch.Tensor, ...]:
+        ctx.fork, ctx.readers, ctx.like = fork, readers, x_TD.new_empty(0)
+        ctx.shape = x_TD.shape
+        ctx.set_materialize_grads(False)
+        return tuple(x_TD.view_as(x_TD) for _ in range(readers.loss_BT.shape[0]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        settled_TD = ctx.fork.settle(gradients, ctx.readers)
+        # Zeros, not None: what lies before the fork gets its gradient in the same order on every rank.
+        return ctx.like.new_zeros(ctx.shape) if settled_TD is None else settled_TD, None, None
