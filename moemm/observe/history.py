@@ -17,12 +17,14 @@ Points = list[tuple[float, float]]
 @dataclass
 class History:
     """losses: task -> (step, mean loss); objectives: the same of those without labels.
+    conflict: "a | b" -> (step, mean cosine of the gradients of two losses, share of negative ones).
     scores: (split, task) -> (step, score). messages: lines for the reader.
     routing: (step, what the routers did up to it since the one before), in order; names: its axes.
     """
 
     losses: dict[str, Points] = field(default_factory=dict)
     objectives: dict[str, Points] = field(default_factory=dict)
+    conflict: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
     scores: dict[tuple[str, str], Points] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     routing: list[tuple[int, RouterReport]] = field(default_factory=list)
@@ -61,6 +63,8 @@ class History:
                 self.losses.setdefault(task, []).append((step, _number(loss)))
             for name, loss in values.get("objectives", {}).items():
                 self.objectives.setdefault(name, []).append((step, _number(loss)))
+            for pair, (cos, share) in values.get("conflict", {}).items():
+                self.conflict.setdefault(pair, []).append((step, _number(cos), _number(share)))
         elif event == "scores":
             for task, score in values["scores"].items():
                 self.scores.setdefault((values["split"], task), []).append((step, _number(score["value"])))

@@ -23,7 +23,7 @@ from moemm.observe.colour import as_hex, ink, level, side
 from moemm.observe.history import History
 from moemm.observe.page import Cell, table
 from moemm.observe.report import build_report, read_missing, read_summary
-from moemm.observe.sections import heatmap_section, scores_section, time_section
+from moemm.observe.sections import conflict_section, heatmap_section, scores_section, time_section
 from moemm.testing.tiny import tiny_config
 from moemm.train import load_outline, load_run, train
 
@@ -321,3 +321,18 @@ def test_without_baselines_there_are_no_columns_for_them() -> None:
         (rows,) = Page(section.body).tables
         assert {len(row) for row in rows} == {columns}
         assert ("scikit-learn" in section.lead) == (columns == 7)
+
+
+def test_conflicts_are_listed_by_how_often_losses_oppose_each_other(tmp_path: Path) -> None:
+    lines = [
+        {"event": "train", "step": step, "losses": {}, "conflict": {"a | b": [0.2, 0.1], f"a | {ODD}": [-0.3, 0.75]}}
+        for step in (1, 2)
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(conflict_section(History.read(path)).body)
+    assert page.tables[0][1:] == [
+        [f"a | {ODD}", "-0.300", "75%", "-0.300", "75%"],
+        ["a | b", "+0.200", "10%", "+0.200", "10%"],
+    ]
+    assert page.headings == [f"a | {ODD}", "a | b"]
