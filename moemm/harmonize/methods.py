@@ -12,6 +12,7 @@ import math
 import torch
 
 from moemm.harmonize.interior import quadratic, solve, times
+from moemm.harmonize.pivot import minimise
 from moemm.harmonize.registry import Context, register_harmonizer
 
 TINY = 1e-12
@@ -183,7 +184,7 @@ def upgrad(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     if num == 2:
         clash_X1 = -cosine_XTT[:, 0, 1:].clamp_max(0.0)
         return 1.0 + clash_X1 * length_XT.flip(1) / length_XT
-    each_XTT = lift(cosine_XTT.repeat_interleave(num, dim=0), cosine_XTT.flatten(0, 1)).view_as(gram_XTT)
+    each_XTT = minimise(cosine_XTT.repeat_interleave(num, dim=0), cosine_XTT.flatten(0, 1)).view_as(gram_XTT)
     return 1.0 + (each_XTT * length_XT[:, :, None]).sum(1) / length_XT
 
 
@@ -193,7 +194,7 @@ def dual_cone(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     length_XT = _squares(gram_XTT).sqrt()
     pull_XT = gram_XTT.sum(1) / length_XT
     size_X1 = pull_XT.abs().amax(1, keepdim=True).clamp_min(TINY)
-    return 1.0 + size_X1 * lift(correlation(gram_XTT), pull_XT / size_X1) / length_XT
+    return 1.0 + size_X1 * minimise(correlation(gram_XTT), pull_XT / size_X1) / length_XT
 
 
 @register_harmonizer("random")
@@ -201,11 +202,6 @@ def random_weights(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     """T times the softmax of normal draws (arXiv:2111.10603): what weighing without knowing gives."""
     draw_XT = torch.randn(gram_XTT.shape[:2], generator=context.generator, dtype=gram_XTT.dtype)
     return gram_XTT.shape[1] * draw_XT.softmax(1).to(gram_XTT.device)
-
-
-def lift(matrix_XTT: torch.Tensor, vector_XT: torch.Tensor) -> torch.Tensor:
-    """(X, T) the u >= 0 that minimise u' M u / 2 + v . u."""
-    return solve(quadratic(matrix_XTT, vector_XT), torch.ones_like(vector_XT))[0]
 
 
 def correlation(gram_XTT: torch.Tensor) -> torch.Tensor:
