@@ -170,7 +170,8 @@ def test_config_show_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert re.search(r"\n  dim: 128 +# command line --model\.dim\n", text)
     assert f"# {recipe}:" in text and "# default" in text
-    assert {"name", "data", "modalities", "model", "objectives", "train", "deepspeed"} == set(yaml.safe_load(text))
+    sections = {"name", "data", "modalities", "model", "objectives", "harmonize", "train", "deepspeed"}
+    assert sections == set(yaml.safe_load(text))
 
 
 def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
