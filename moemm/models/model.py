@@ -70,8 +70,10 @@ class Model(nn.Module):
         stream = self.tokenize(batch)
         (*states, last_TD), stats = self.trunk(stream)
         earlier = [self.heads(x_TD, stream.sample_T, batch.task) for x_TD in states]
-        branches = self._fork(last_TD, stream, self.heads.losses(stream.sample_T, batch.task))
-        last = self.heads(branches, stream.sample_T, batch.task)
+        own: Sequence[torch.Tensor] = [last_TD] * self.heads.num_passes
+        if self.fork is not None and self.training:
+            own = self.fork(last_TD, _readers(stream, self.heads.losses(stream.sample_T, batch.task)))
+        last = self.heads(own, stream.sample_T, batch.task)
         return ModelOutput(last, stats, stream.values_TD.shape[0], earlier, stream.missing)
 
     def _with_pretext(self, pretext: Pretext, batch: PackedBatch) -> ModelOutput:
@@ -81,11 +83,15 @@ class Model(nn.Module):
         name, first = next(iter(views.parts.items()))
         (*states, last_TD), stats = self.trunk(self.place(views.stream))
         earlier = [self.heads(views.split(x_TD)[name], first.sample_T, batch.task) for x_TD in states]
-        loss_BT = self._losses(pretext, views, batch)
-        branches = self._fork(last_TD, replace(views.stream, sample_T=pretext.owners(views)), loss_BT)
-        passes = self.heads.num_passes
-        last = self.heads([views.split(x_TD)[name] for x_TD in branches[:passes]], first.sample_T, batch.task)
-        sums = pretext(branches[passes:], views)
+        own: Sequence[torch.Tensor] = [last_TD]
+        others: Sequence[torch.Tensor] = [last_TD]
+        if self.fork is not None:
+            stream = replace(views.stream, sample_T=pretext.owners(views))
+            branches = self.fork(last_TD, _readers(stream, self._losses(pretext, views, batch)))
+            own, others = branches[: self.heads.num_passes], branches[self.heads.num_passes :]
+        clean = [views.split(x_TD)[name] for x_TD in own]
+        last = self.heads(clean if len(clean) > 1 else clean[0], first.sample_T, batch.task)
+        sums = pretext(others, views)
         return ModelOutput(last, stats, views.stream.values_TD.shape[0], earlier, pretext=sums)
 
     def _losses(self, pretext: Pretext, views: Views, batch: PackedBatch) -> torch.Tensor:
@@ -94,13 +100,6 @@ class Model(nn.Module):
         own = [views.spread({name: loss_T}, other=-1) for loss_T in self.heads.losses(first.sample_T, batch.task)]
         others_BT = pretext.readers(views)
         return torch.cat([torch.stack(own), torch.where(others_BT >= 0, others_BT + len(self.tasks), -1)])
-
-    def _fork(self, x_TD: torch.Tensor, stream: Stream, loss_BT: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The stream, once for each branch; see Fork."""
-        if self.fork is None or not self.training:
-            return (x_TD,) * loss_BT.shape[0]
-        num_samples, num_modalities = stream.presence_BM.shape
-        return self.fork(x_TD, Readers(loss_BT, stream.sample_T, stream.modality_T, num_samples, num_modalities))
 
     def tokenize(self, batch: PackedBatch) -> Stream:
         """The packed stream: tokens + modality embedding + position and time; with `model.latents`, what stands for
@@ -179,6 +178,11 @@ def build_model(config: ModelConfig, *, specs: Mapping[str, ModalitySpec], tasks
     Raises ConfigError where the config does not fit the modalities (a group that names an unknown one, say).
     """
     return Model(config, specs, tasks)
+
+
+def _readers(stream: Stream, loss_BT: torch.Tensor) -> Readers:
+    num_samples, num_modalities = stream.presence_BM.shape
+    return Readers(loss_BT, stream.sample_T, stream.modality_T, num_samples, num_modalities)
 
 
 def _after(name: str, prefix: str) -> str | None:
