@@ -70,7 +70,7 @@ class Model(nn.Module):
         stream = self.tokenize(batch)
         (*states, last_TD), stats = self.trunk(stream)
         earlier = [self.heads(x_TD, stream.sample_T, batch.task) for x_TD in states]
-        own: Sequence[torch.Tensor] = [last_TD] * self.heads.num_passes
+        own: torch.Tensor | Sequence[torch.Tensor] = last_TD
         if self.fork is not None and self.training:
             own = self.fork(last_TD, _readers(stream, self.heads.losses(stream.sample_T, batch.task)))
         last = self.heads(own, stream.sample_T, batch.task)
@@ -83,14 +83,15 @@ class Model(nn.Module):
         name, first = next(iter(views.parts.items()))
         (*states, last_TD), stats = self.trunk(self.place(views.stream))
         earlier = [self.heads(views.split(x_TD)[name], first.sample_T, batch.task) for x_TD in states]
-        own: Sequence[torch.Tensor] = [last_TD]
-        others: Sequence[torch.Tensor] = [last_TD]
-        if self.fork is not None:
+        own: torch.Tensor | Sequence[torch.Tensor]
+        if self.fork is None:
+            own, others = views.split(last_TD)[name], (last_TD,)
+        else:
             stream = replace(views.stream, sample_T=pretext.owners(views))
             branches = self.fork(last_TD, _readers(stream, self._losses(pretext, views, batch)))
-            own, others = branches[: self.heads.num_passes], branches[self.heads.num_passes :]
-        clean = [views.split(x_TD)[name] for x_TD in own]
-        last = self.heads(clean if len(clean) > 1 else clean[0], first.sample_T, batch.task)
+            own = [views.split(x_TD)[name] for x_TD in branches[: self.heads.num_passes]]
+            others = branches[self.heads.num_passes :]
+        last = self.heads(own, first.sample_T, batch.task)
         sums = pretext(others, views)
         return ModelOutput(last, stats, views.stream.values_TD.shape[0], earlier, pretext=sums)
 
