@@ -130,8 +130,9 @@ class Fork(ExactBuffers):
         if z_TBD is None:
             return None
         w_TB = found.w.to(z_TBD)[group_T].gather(1, loss_TB.clamp_min(0)) * (loss_TB >= 0)
-        settled_TD = torch.einsum("tb,tbd->td", w_TB, z_TBD.nan_to_num(0.0, 0.0, 0.0))
-        return settled_TD.to(there[0][1].dtype)
+        if found.broken:
+            z_TBD = z_TBD.nan_to_num(0.0, 0.0, 0.0)  # their weight is 0, which alone would leave them not a number
+        return torch.einsum("tb,tbd->td", w_TB, z_TBD).to(there[0][1].dtype)
 
     def _see(self, gram_XLL: torch.Tensor, broken: int, refused: int) -> None:
         if self.seen is None:
@@ -156,18 +157,23 @@ def gram_matrices(
 ) -> torch.Tensor:
     """(X, L, L) float64: of each group, the products of the losses' gradients over all its tokens.
 
-    z: gradient of each branch, fp32; loss: which loss it is of, -1 for none; shape: (X, L). Products of one token are
-    fp32.
+    z: gradient of each branch, fp32, 0 where it has none; loss: which loss it is of, -1 for none; shape: (X, L).
+    Products of one token are fp32. The row and column of a loss with a gradient that is not finite are not numbers.
     """
     num_groups, num_losses = shape
-    gram_C = torch.zeros(num_groups * num_losses * num_losses, dtype=torch.float64, device=group_T.device)
-    if z_TBD is not None:
-        row_TB = group_T[:, None] * num_losses + loss_TB
-        cell_TBB = row_TB[:, :, None] * num_losses + loss_TB[:, None, :]
-        known_TBB = (loss_TB[:, :, None] >= 0) & (loss_TB[:, None, :] >= 0)
-        product_TBB = (z_TBD @ z_TBD.mT).double().where(known_TBB, 0.0)
-        gram_C.index_add_(0, cell_TBB.where(known_TBB, 0).flatten(), product_TBB.flatten())
-    return gram_C.view(num_groups, num_losses, num_losses)
+    if z_TBD is None:
+        return torch.zeros(num_groups, num_losses, num_losses, dtype=torch.float64, device=group_T.device)
+    # Branches that bring the same losses to the tokens of a group add up before they are spread over the losses.
+    kinds_KB, kind_T = torch.unique(loss_TB, dim=0, return_inverse=True)
+    num_branches, cell_T = loss_TB.shape[1], group_T * len(kinds_KB) + kind_T
+    gram_CBB = z_TBD.new_zeros(num_groups * len(kinds_KB), num_branches, num_branches, dtype=torch.float64)
+    gram_CBB.index_add_(0, cell_T, (z_TBD @ z_TBD.mT).double())
+    at_KBL = (kinds_KB[:, :, None] == torch.arange(num_losses, device=group_T.device)).double()
+    gram_XKBB = gram_CBB.view(num_groups, len(kinds_KB), num_branches, num_branches)
+    broken_XKB = ~torch.isfinite(gram_XKBB.diagonal(dim1=2, dim2=3))
+    gram_XLL = torch.einsum("xkbc,kbl,kcm->xlm", gram_XKBB.nan_to_num(0.0, 0.0, 0.0), at_KBL, at_KBL)
+    broken_XL = torch.einsum("xkb,kbl->xl", broken_XKB.double(), at_KBL) > 0.0
+    return gram_XLL.masked_fill(broken_XL[:, :, None] | broken_XL[:, None, :], torch.nan)
 
 
 class _Join(torch.autograd.Function):
