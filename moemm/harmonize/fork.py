@@ -164,7 +164,9 @@ def gram_matrices(
     if z_TBD is None:
         return torch.zeros(num_groups, num_losses, num_losses, dtype=torch.float64, device=group_T.device)
     # Branches that bring the same losses to the tokens of a group add up before they are spread over the losses.
-    kinds_KB, kind_T = torch.unique(loss_TB, dim=0, return_inverse=True)
+    kinds_KB, kind_T = loss_TB[:1], torch.zeros_like(group_T)
+    if not torch.equal(loss_TB, kinds_KB.expand_as(loss_TB)):
+        kinds_KB, kind_T = torch.unique(loss_TB, dim=0, return_inverse=True)
     num_branches, cell_T = loss_TB.shape[1], group_T * len(kinds_KB) + kind_T
     gram_CBB = z_TBD.new_zeros(num_groups * len(kinds_KB), num_branches, num_branches, dtype=torch.float64)
     gram_CBB.index_add_(0, cell_T, (z_TBD @ z_TBD.mT).double())

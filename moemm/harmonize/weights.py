@@ -65,6 +65,9 @@ def _call(
 
 def _by_presence(present_XT: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(rows, losses) for each set of two and more losses that are present together, always in the same order."""
+    if bool(present_XT.all()) and present_XT.shape[1] > 1:
+        rows_X, losses_T = (torch.arange(size, device=present_XT.device) for size in present_XT.shape)
+        return [(rows_X, losses_T)]
     sets_ST, which_X = torch.unique(present_XT, dim=0, return_inverse=True)
     groups = []
     for number, set_T in enumerate(sets_ST):
