@@ -45,6 +45,13 @@ def _unread(config: Config) -> Iterator[Problem]:
             yield Problem(path=(*ROOT, key), message=message, given=value)
 
 
+def _kept(config: Config) -> Iterator[Problem]:
+    given = config.harmonize
+    if given.method == "gradvac" and given.per in ("sample", "token"):
+        message = "lies on one rank each, and gradvac's averages are over all of them; say `per: batch` or `modality`"
+        yield Problem(path=(*ROOT, "per"), message=message, given=given.per, allowed="modality, batch")
+
+
 def _schedule(config: Config) -> Iterator[Problem]:
     if config.harmonize.gamma_over is not None and config.harmonize.gamma_start is None:
         message = "has no meaning without `gamma_start`"
@@ -57,4 +64,4 @@ def _every_block(config: Config) -> Iterator[Problem]:
         yield Problem(path=("model", "predict_every_block"), message=message, given=True, allowed="false")
 
 
-HARMONIZE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (_unread, _schedule, _every_block)
+HARMONIZE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (_unread, _kept, _schedule, _every_block)

@@ -199,9 +199,12 @@ def dual_cone(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
 
 @register_harmonizer("random")
 def random_weights(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
-    """T times the softmax of normal draws (arXiv:2111.10603): what weighing without knowing gives."""
-    draw_XT = torch.randn(gram_XTT.shape[:2], generator=context.generator, dtype=gram_XTT.dtype)
-    return gram_XTT.shape[1] * draw_XT.softmax(1).to(gram_XTT.device)
+    """T times the softmax of normal draws (arXiv:2111.10603): what weighing without knowing gives.
+
+    One draw for all Gram matrices: a sample's weights must not depend on which rank it lies on.
+    """
+    draw_1T = torch.randn(1, gram_XTT.shape[1], generator=context.generator, dtype=gram_XTT.dtype)
+    return gram_XTT.shape[1] * draw_1T.softmax(1).to(gram_XTT.device).repeat(gram_XTT.shape[0], 1)
 
 
 def correlation(gram_XTT: torch.Tensor) -> torch.Tensor:

@@ -38,10 +38,12 @@ def weights(gram: torch.Tensor, method: str, context: Context | None = None) -> 
     both_XTT = finite_XT[:, :, None] & finite_XT[:, None, :]
     gram_XTT = gram_XTT.where(both_XTT, 0.0)
     w_XT = finite_XT.double()
-    refused = 0
+    refused, drawn = 0, context.generator.get_state() if context.generator is not None else None
     for rows_x, losses_t in _by_presence(gram_XTT.diagonal(dim1=1, dim2=2) > 0.0):
         part_xtt = gram_XTT[rows_x][:, losses_t][:, :, losses_t]
         part_xtt = part_xtt / part_xtt.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        if context.generator is not None and drawn is not None:
+            context.generator.set_state(drawn)  # what is drawn must not depend on which other sets this rank has
         found_xt = _call(harmonizer, part_xtt, context, losses_t, gram.shape[-1])
         fine_x1 = torch.isfinite(found_xt).all(1, keepdim=True)
         refused += int((~fine_x1).sum())

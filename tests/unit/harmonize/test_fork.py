@@ -219,6 +219,10 @@ def test_losses_that_never_meet_are_refused(tmp_path: Path) -> None:
         ({"method": "upgrd"}, r"no harmonizer 'upgrd'\n  allowed: aligned_mtl"),
         ({"method": "upgrad", "gamma": 0.1}, "gamma.* has no meaning with `harmonize.method: upgrad`"),
         ({"method": "realign", "strength": 0.1}, "strength.* has no meaning with"),
+        (
+            {"method": "gradvac"},
+            "harmonize.per: lies on one rank each, and gradvac's averages",
+        ),
         ({"per": "batch"}, "per.* has no meaning with `harmonize.method: sum`"),
         ({"method": "realign", "gamma_over": 0.5}, "gamma_over.* has no meaning without `gamma_start`"),
         ({"method": "realign", "per": "samples"}, "harmonize.per"),

@@ -239,6 +239,17 @@ def test_an_absent_loss_has_no_say(method: str) -> None:
     assert (found.broken, found.refused) == (0, 0)
 
 
+@pytest.mark.parametrize("method", sorted(set(HARMONIZERS) - {"gradvac"}))
+def test_a_samples_weights_do_not_depend_on_the_others(method: str) -> None:
+    """So that they are the same on whichever rank it lies; gradvac averages over samples, and is refused for them."""
+    gram_XTT = gram(gradients(5, count=30))
+    gram_XTT[:15, 2, :] = gram_XTT[:15, :, 2] = 0.0
+    gram_XTT[5:10, 4, :] = gram_XTT[5:10, :, 4] = 0.0
+    w_XT = weights(gram_XTT, method, context()).w
+    for rows in (slice(0, 5), slice(3, 12), slice(15, 30), slice(29, 30)):
+        assert torch.allclose(weights(gram_XTT[rows], method, context()).w, w_XT[rows], rtol=1e-6, atol=1e-8)
+
+
 @EVERY
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_loss_is_left_out_and_counted(method: str, value: float) -> None:
