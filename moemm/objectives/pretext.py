@@ -5,6 +5,7 @@
 | clean | the samples as they are | the tasks' heads, similarity |
 | masked | some tokens hidden | masked, similarity |
 | replaced | some tokens exchanged | replaced |
+| empty | the samples without their tokens | the tasks' heads, where no label counts and nothing else is whole |
 | alone | each modality of a sample as a sample of its own; only samples of several modalities | contrastive |
 """
 
@@ -31,7 +32,7 @@ from moemm.objectives.registry import OBJECTIVES, Scene
 from moemm.objectives.replaced import exchange
 
 Shapes = Mapping[str, TargetShape | None]
-ORDER = ("clean", "masked", "replaced", "alone")
+ORDER = ("clean", "masked", "replaced", "empty", "alone")
 """Of the views; the heads read the first, so `alone`, whose samples are others, comes last."""
 
 
@@ -46,8 +47,10 @@ class LabelFree(Pretext):
         names = label_free(config)
         self.objectives = nn.ModuleDict({name: OBJECTIVES[name](getattr(config, name), shapes, dim) for name in names})
         read = {view for name in names for view in OBJECTIVES[name].views}
-        if is_on(config.supervised) or read == {"alone"}:
+        if is_on(config.supervised):
             read.add("clean")
+        elif read == {"alone"}:
+            read.add("empty")
         self.order = tuple(view for view in ORDER if view in read)
         self.mask = Mask(shapes, config.masked, dim) if "masked" in read else None
         self._name_losses(tasks)
@@ -85,6 +88,9 @@ class LabelFree(Pretext):
         if "replaced" in self.order:
             values_TD, exchanged_T = exchange(known, self.config.replaced.ratio)
             made["replaced"] = known.with_values(values_TD)
+        if "empty" in self.order:
+            nothing = torch.empty(0, dtype=torch.int64, device=content.sample_T.device)
+            made["empty"] = select(content, nothing, [0] * len(self.modalities))
         if "alone" in self.order:
             made["alone"] = alone(known)
         return Views.stack({view: made[view] for view in self.order}, (known, hidden_T, exchanged_T))

@@ -280,6 +280,17 @@ def test_modalities_are_aligned_without_seeing_each_other(tiny: Any) -> None:
     assert not torch.equal(losses[0], losses[1])
 
 
+def test_alignment_alone_passes_no_whole_sample_through_the_trunk(tiny: Any) -> None:
+    unlabelled, labelled = (tiny("contrastive", supervised=weight) for weight in (0.0, 1.0))
+    batch = unlabelled.batch("shapes", "tones")
+    found, whole = (made.model(batch) for made in (unlabelled, labelled))
+    tokens = unlabelled.content(batch).stream
+    together = int((unlabelled.content(batch).present_BM.sum(1) > 1)[tokens.sample_T].sum())
+    assert found.num_tokens == together < len(tokens.sample_T), "of samples that have something to align"
+    assert whole.num_tokens == together + len(tokens.sample_T)
+    torch.testing.assert_close(found.pretext["contrastive"], whole.pretext["contrastive"])
+
+
 def test_pairs_that_no_task_has_are_refused(tiny: Any) -> None:
     with pytest.raises(ConfigError, match="no task has samples with image and series"):
         tiny("contrastive", contrastive={"pairs": [["image", "series"]]})
