@@ -8,7 +8,6 @@ from __future__ import annotations
 
 PASSED = frozenset(
     {
-        "activation_checkpointing",
         "aio",
         "bf16",
         "comet",
@@ -34,6 +33,7 @@ PASSED = frozenset(
 """Handed to DeepSpeed as they are."""
 
 OWNED = {
+    "activation_checkpointing": "train.activation_checkpointing",
     "bfloat16": "train.precision",
     "fp16": "train.precision (fp32 or bf16)",
     "torch_autocast": "train.precision",

@@ -382,6 +382,9 @@ class TrainConfig:
     """Largest gradient norm; 0 does not clip."""
     label_smoothing: Share = 0.0
     """Label smoothing of classification losses."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block of the trunk, and compute the block again in the backward pass: less memory,
+    more time, the same losses."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and activations; bf16 keeps fp32 master weights and needs `deepspeed.zero_stage` >= 1."""
     seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = 0

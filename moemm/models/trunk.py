@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from moemm.config.schema import ModelConfig
 from moemm.models.attention import Attention, AttentionPlan, Backend
@@ -82,6 +84,8 @@ class Trunk(nn.Module):
         self.norm = tied_or_not(groups, lambda: _norm(config.dim))
         self.backend_name, self.ordered = config.attention, config.ordered
         self.every_block = config.predict_every_block
+        self.recompute = False
+        """Whether the backward pass computes each block again rather than keep what is in it; set for training."""
 
     def forward(self, stream: Stream) -> tuple[list[torch.Tensor], RouterStats | None]:
         """The stream (T, D) after the last block (with `predict_every_block` after each), through the last norm; and
@@ -92,13 +96,23 @@ class Trunk(nn.Module):
         plan = AttentionPlan.make(stream.sample_T, num_samples=stream.num_samples, backend=backend, rank_T=rank_T)
         row_T = self.map.row(stream.modality_T, stream.task_B[stream.sample_T])
         for block in self.blocks:
-            x_TD, stats = block(x_TD, row_T, plan, stream.lengths, self._targets(block, stream, row_T))
+            x_TD, stats = self._run(block, x_TD, row_T, plan, stream.lengths, self._targets(block, stream, row_T))
             states.append(x_TD)
             if stats is not None:
                 collected.append(stats)
         wanted = states if self.every_block else states[-1:]
         out = [call(self.norm, state_TD, stream.lengths) for state_TD in wanted]
         return out, RouterStats.stack(collected) if collected else None
+
+    def _run(self, block: nn.Module, *inputs: Any) -> tuple[torch.Tensor, RouterStats | None]:
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            out: tuple[torch.Tensor, RouterStats | None] = block(*inputs)
+            return out
+        # Re-entrant checkpointing would hide parameters from the graph that the guard reads. A block that stops early
+        # would leave out the hooks with which ZeRO-3 lets go of weights.
+        with set_checkpoint_early_stop(False):
+            again: tuple[torch.Tensor, RouterStats | None] = checkpoint(block, *inputs, use_reentrant=False)
+        return again
 
     @property
     def routed_layers(self) -> dict[int, MoELayer]:

@@ -84,6 +84,7 @@ def seeded_model(setup: Setup, device: torch.device) -> Model:
         setup.config.objectives, tokenizers, model.tasks, setup.config.model.dim, seed=setup.config.train.seed
     )
     model.fork = build_fork(setup.config, model)
+    model.trunk.recompute = setup.config.train.activation_checkpointing
     return model.to(device)
 
 

@@ -238,6 +238,50 @@ def harmonized(folder: str, cases: list[tuple[str, int]]) -> dict[str, Any]:
     return found
 
 
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    "settled": {
+        "model": {"dropout": 0.2, "router": {"kind": "noisy"}},
+        "objectives": {"masked": {"weight": 1.0}, "similarity": {"weight": 2.0}},
+        "harmonize": {"method": "upgrad"},
+        "train": {"accumulation": 2},
+    },
+    "every block": {"model": {"dropout": 0.2, "predict_every_block": True}},
+}
+
+
+class Loads(Callback):
+    """What the routers are said to have done."""
+
+    every_rank = True
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_metrics(self, metrics: Metrics) -> None:
+        assert metrics.routing is not None
+        self.seen.append([metrics.routing.load_LME.tolist(), metrics.routing.tokens_M.tolist()])
+
+
+def recomputed(folder: str, cases: list[tuple[str, int]]) -> dict[str, Any]:
+    """Of runs that keep what is in a block, and of such that compute it again: losses, loads, weights."""
+    world = connect(timeout_s=60)
+    found: dict[str, Any] = {}
+    for case, stage in cases:
+        for again in (False, True):
+            sections = {name: dict(section) for name, section in RECOMPUTED[case].items()}
+            train, loads = {**sections.pop("train", {}), "activation_checkpointing": again}, Loads()
+            name = f"recomputed_{case.replace(' ', '_')}_{stage}_{again}"
+            trainer, recorder = build(
+                Path(folder), world, name=name, stage=stage, train=train, callbacks=(loads,), **sections
+            )
+            trainer.run()
+            found.setdefault(f"{case} {stage}", []).append(
+                [recorder.losses, loads.seen, digest(trainer.engine, world), trainer.step]
+            )
+            done(trainer)
+    return found
+
+
 def deal(patch: pytest.MonkeyPatch, loader: type[Apart]) -> None:
     """Train on what `loader` deals out."""
     patch.setattr(

@@ -23,6 +23,7 @@ HARMONIZED = [
     ("mgda apart", 0),
     ("mgda apart", 3),
 ]
+RECOMPUTED = [*product(("settled",), STAGES), ("every block", 2), ("every block", 3)]
 CASES = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")]
 
 
@@ -150,6 +151,7 @@ def trapped(folder: Path) -> list[Any]:
         ("full_disk", {"failures": 2}),
         ("full_disk", {"failures": 9}),
         ("interrupted", {}),
+        ("recomputed", {"cases": RECOMPUTED}),
     ]
     return job("several", folder=str(folder), calls=calls)
 
@@ -214,6 +216,14 @@ def test_signal_to_one_rank_stops_both_at_one_boundary(trapped: list[Any]) -> No
         found = rank[4]
         assert (found["finished"], found["step"], found["stopped_by"]) == (False, 3, signal.SIGTERM)
     assert trapped[0][4]["saved"] == ["latest", "step_000003"]
+
+
+@pytest.mark.parametrize(("case", "stage"), RECOMPUTED)
+def test_blocks_that_are_computed_again_change_nothing(trapped: list[Any], case: str, stage: int) -> None:
+    for rank in trapped:
+        kept, again = rank[5][f"{case} {stage}"]
+        assert again == kept, "losses, what the routers did, and the weights at the end, with dropout"
+        assert np.ptp(np.array(kept[0])[:, 0]) > 0.05 and kept[3] == 6, "the losses must move to mean anything"
 
 
 @pytest.fixture(scope="module")

@@ -273,6 +273,10 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
     "two schedules": ({"deepspeed": {"extra": {"scheduler": {}}}}, r"use train\.warmup"),
     "two precisions": ({"deepspeed": {"extra": {"bf16": {"enabled": True}}}}, r"bf16\.enabled: .*use train\.precision"),
     "fp16": ({"deepspeed": {"extra": {"fp16": {"enabled": True}}}}, r"use train\.precision \(fp32 or bf16\)"),
+    "DeepSpeed's own activation checkpointing, which nothing here would call": (
+        {"deepspeed": {"extra": {"activation_checkpointing": {"partition_activations": True}}}},
+        r"extra\.activation_checkpointing: is set by moemm; use train\.activation_checkpointing",
+    ),
     "a pipeline": ({"deepspeed": {"extra": {"pipeline": {}}}}, r"is not for moemm: the model is no pipeline module"),
     "a removed key": ({"deepspeed": {"extra": {"elasticity": {}}}}, r"elasticity: was removed from DeepSpeed"),
     "a typo for DeepSpeed": ({"deepspeed": {"extra": {"zero_optimisation": {}}}}, r"did you mean zero_optimization\?"),

@@ -8,10 +8,11 @@ import pytest
 import torch
 from test_models import make
 
-from moemm.config.schema import ModelConfig
+from moemm.config.schema import ModelConfig, RouterConfig
 from moemm.data.sample import PackedBatch
 from moemm.errors import ConfigError
 from moemm.models.untied import ByGroup, share_groups
+from moemm.moe import RouterStats
 
 SMALL = ModelConfig(dim=16, heads=2)
 OPTIONS = {
@@ -121,3 +122,38 @@ def test_active_parameters_count_ones_own_parts() -> None:
     many, _ = make(OPTIONS["latents"])
     one, _ = make(replace(OPTIONS["latents"], share=[["image", "series", "record", "text"]]))
     assert many.num_parameters()[1] == one.num_parameters()[1] < one.num_parameters()[0] < many.num_parameters()[0]
+
+
+def kept_and_gradients(recompute: bool, *, train: bool = True) -> tuple[int, int, list[torch.Tensor], RouterStats]:
+    """Elements that the forward pass keeps for the backward pass, calls of blocks, gradients, the routers' sums."""
+    router = RouterConfig(kind="noisy")
+    model, batch = make(replace(SMALL, predict_every_block=True, dropout=0.5, router=router))
+    model.train(train)
+    model.trunk.recompute = recompute
+    calls, kept = [], [0]
+    for block in model.trunk.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[0] += tensor.numel()
+        return tensor
+
+    torch.manual_seed(7)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(batch)
+    assert output.router is not None
+    losses = [out.sum() for outputs in (output.outputs, *output.earlier) for out in outputs.values()]
+    (sum(losses) + sum(part.sum() for part in output.router.parts)).backward()
+    return kept[0], len(calls), [p.grad for p in model.parameters() if p.grad is not None], output.router
+
+
+def test_a_block_that_is_computed_again_keeps_less_and_gives_the_same_gradients() -> None:
+    more, once, wanted, stats = kept_and_gradients(False)
+    less, twice, found, stats_again = kept_and_gradients(True)
+    assert (once, twice) == (2, 4) and less < 0.5 * more
+    assert len(found) == len(wanted) and all(map(torch.equal, found, wanted)), "dropout and the router's noise, too"
+    assert all(map(torch.equal, stats_again.parts, stats.parts)), "counted once"
+
+
+def test_nothing_is_computed_again_outside_of_training() -> None:
+    assert kept_and_gradients(True, train=False)[:2] == kept_and_gradients(False, train=False)[:2]
