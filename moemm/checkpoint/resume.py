@@ -13,7 +13,7 @@ from moemm.config.schema import Config
 from moemm.distributed import on_main
 from moemm.errors import CheckpointError
 
-_FIXED = ("model.", "modalities.", "objectives.", "data.tasks.", "train.precision")
+_FIXED = ("model.", "modalities.", "objectives.", "data.tasks.", "train.precision", "harmonize.scale")
 """Sections that decide shapes and meaning of the weights: they may not change between save and resume."""
 _FREE = ("model.experts.backend",)
 """Keys below those that change no meaning: they choose who computes the same."""

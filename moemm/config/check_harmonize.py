@@ -22,6 +22,7 @@ METHODS = (
     "aligned_mtl",
     "upgrad",
     "dual_cone",
+    "equal_norm",
     "random",
 )
 """Those that moemm brings; others may be registered."""
@@ -32,6 +33,8 @@ _USERS = {
     "strength": ("cagrad", "gradvac"),
 }
 """Key -> the methods that read it."""
+_SCALE_USERS = {"scale_rate": ("famo", "gradnorm"), "scale_window": ("dwa",), "scale_alpha": ("gradnorm",)}
+"""Key -> the scales that read it."""
 
 
 def _unread(config: Config) -> Iterator[Problem]:
@@ -42,6 +45,15 @@ def _unread(config: Config) -> Iterator[Problem]:
         value = getattr(given, key)
         if value != getattr(default, key) and given.method not in readers:
             message = f"has no meaning with `harmonize.method: {given.method}`; it is for {', '.join(readers)}"
+            yield Problem(path=(*ROOT, key), message=message, given=value)
+
+
+def _unread_scale(config: Config) -> Iterator[Problem]:
+    given, default = config.harmonize, HarmonizeConfig()
+    for key, readers in _SCALE_USERS.items():
+        value = getattr(given, key)
+        if value != getattr(default, key) and given.scale not in readers:
+            message = f"has no meaning with `harmonize.scale: {given.scale}`; it is for {', '.join(readers)}"
             yield Problem(path=(*ROOT, key), message=message, given=value)
 
 
@@ -59,9 +71,16 @@ def _schedule(config: Config) -> Iterator[Problem]:
 
 
 def _every_block(config: Config) -> Iterator[Problem]:
-    if config.harmonize.method != "sum" and config.model.predict_every_block:
-        message = "brings losses to every block; `harmonize` settles those of the last alone"
+    given = config.harmonize
+    if (given.method != "sum" or given.scale == "gradnorm") and config.model.predict_every_block:
+        message = "brings losses to every block; `harmonize` sees the gradients of the last alone"
         yield Problem(path=("model", "predict_every_block"), message=message, given=True, allowed="false")
 
 
-HARMONIZE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (_unread, _kept, _schedule, _every_block)
+HARMONIZE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _unread,
+    _unread_scale,
+    _kept,
+    _schedule,
+    _every_block,
+)

@@ -321,14 +321,16 @@ Cosine = Annotated[float, Interval(ge=-1.0, le=1.0)]
 
 @dataclass(kw_only=True)
 class HarmonizeConfig:
-    """What is done where the gradients of two losses oppose each other, at the end of the trunk, before they are added.
+    """What is done where the gradients of two losses oppose each other, at the end of the trunk, before they are added;
+    and how losses of different size are weighed.
 
     Losses meet there where they read the same tokens: the labels of one sample (`data.joint_labels`), the pairs of
     `objectives.contrastive`, `objectives.similarity` and what else reads its views."""
 
     method: Annotated[str, MinLen(1)] = "sum"
     """`sum`: nothing. `realign`, `curriculum`, `realign_curriculum`, `pcgrad`, `gradvac`, `cagrad`, `mgda`, `imtl_g`,
-    `nash_mtl`, `aligned_mtl`, `upgrad`, `dual_cone`, `random`: docs/harmonize.md; or what @register_harmonizer adds."""
+    `nash_mtl`, `aligned_mtl`, `upgrad`, `dual_cone`, `equal_norm`, `random`: docs/harmonize.md; or what
+    @register_harmonizer adds."""
     per: Literal["sample", "token", "modality", "batch"] = "sample"
     """Whose gradients are compared and weighed together: those of each sample, token or modality, or of a micro-batch
     over all ranks."""
@@ -340,6 +342,15 @@ class HarmonizeConfig:
     """Share of the steps over which it moves: 1 when not given."""
     strength: Annotated[float, Interval(gt=0.0, lt=1.0)] = 0.5
     """cagrad: how far from the mean gradient, as a share of its length. gradvac: rate of its averages."""
+    scale: Literal["none", "uncertainty", "dwa", "famo", "gradnorm"] = "none"
+    """Weights of the losses by their values over time, before `method` sees their gradients: `uncertainty`, a learned
+    variance each; `dwa`, how slowly they fall; `famo`, equal rates of fall; `gradnorm`, equal gradients."""
+    scale_rate: Positive = 0.025
+    """famo, gradnorm: learning rate of the weights."""
+    scale_window: Count = 50
+    """dwa: steps over which losses are averaged before they are compared."""
+    scale_alpha: NonNegative = 1.5
+    """gradnorm: how much more a loss gets that lags behind the others."""
 
 
 @dataclass(kw_only=True)

@@ -7,5 +7,8 @@ from moemm.harmonize.fork import Readers as Readers
 from moemm.harmonize.registry import HARMONIZERS as HARMONIZERS
 from moemm.harmonize.registry import Context as Context
 from moemm.harmonize.registry import register_harmonizer as register_harmonizer
+from moemm.harmonize.scale import SCALES as SCALES
+from moemm.harmonize.scale import GradNorm as GradNorm
+from moemm.harmonize.scale import LossScale as LossScale
 from moemm.harmonize.weights import Weights as Weights
 from moemm.harmonize.weights import weights as weights

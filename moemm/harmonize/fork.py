@@ -92,6 +92,9 @@ class Fork(ExactBuffers):
         self.method, self.losses, self.per, self.reduce = method, tuple(losses), per, reduce
         self.context = Context(gamma=gamma, strength=strength, generator=torch.Generator())
         self.seen: Conflict | None = None
+        self.watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        """Gets the gradients of the branches and of which loss each is, as `gram_matrices` does, before they are
+        settled."""
         for name in find(method).keeps:
             self.register_buffer(name, torch.zeros(len(losses), len(losses), dtype=torch.float64))
 
@@ -121,6 +124,8 @@ class Fork(ExactBuffers):
         loss_TB = readers.loss_BT[[number for number, _ in there]].T
         group_T, num_groups = readers.groups(self.per)
         z_TBD = torch.stack([one.float() for _, one in there], dim=1) if there else None
+        if self.watch is not None and z_TBD is not None:
+            self.watch(z_TBD, loss_TB)
         gram_XLL = gram_matrices(z_TBD, loss_TB, group_T, (num_groups, len(self.losses)))
         if self.shared:
             gram_XLL = self.reduce(gram_XLL)

@@ -197,6 +197,13 @@ def dual_cone(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     return 1.0 + size_X1 * minimise(correlation(gram_XTT), pull_XT / size_X1) / length_XT
 
 
+@register_harmonizer("equal_norm")
+def equal_norm(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
+    """Every gradient as long as they are on average, whatever their angles: tells magnitude from conflict."""
+    length_XT = _squares(gram_XTT).sqrt()
+    return length_XT.mean(1, keepdim=True) / length_XT
+
+
 @register_harmonizer("random")
 def random_weights(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     """T times the softmax of normal draws (arXiv:2111.10603): what weighing without knowing gives.

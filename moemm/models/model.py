@@ -11,7 +11,7 @@ from torch import nn
 from moemm.config.schema import ModelConfig
 from moemm.data.catalogue import TaskInfo
 from moemm.data.sample import PackedBatch
-from moemm.harmonize import Fork, Readers
+from moemm.harmonize import Fork, LossScale, Readers
 from moemm.modalities import ModalitySpec, build_tokenizer
 from moemm.models.heads import Heads
 from moemm.models.latents import Latents
@@ -31,6 +31,7 @@ class ModelOutput:
     earlier: the same after each block but the last, with `model.predict_every_block`.
     missing: sum over samples of the regression's loss, while a model that predicts absent modalities trains.
     pretext: losses of the objectives without labels, while training with some.
+    learned: what the optimizer learns for the weights of the losses, while training with such a `harmonize.scale`.
     """
 
     outputs: dict[str, torch.Tensor]
@@ -39,6 +40,7 @@ class ModelOutput:
     earlier: list[dict[str, torch.Tensor]] = field(default_factory=list)
     missing: torch.Tensor | None = None
     pretext: Sums = field(default_factory=dict)
+    learned: torch.Tensor | None = None
 
 
 class Model(nn.Module):
@@ -61,10 +63,18 @@ class Model(nn.Module):
         """Set after building, so that the other weights are those of a model without it."""
         self.fork: Fork | None = None
         """What settles conflicts between the losses' gradients; set after building, for training."""
+        self.scale: LossScale | None = None
+        """What weighs the losses; set after building, for training."""
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
         """Outputs of every task for the samples of a batch. Modalities must be those of the model, in its order."""
         assert list(batch.modalities) == list(self.tokenizers), "the batch was packed for another catalogue"
+        output = self._output(batch)
+        if self.scale is not None and self.training:
+            output.learned = self.scale()
+        return output
+
+    def _output(self, batch: PackedBatch) -> ModelOutput:
         if self.pretext is not None and self.training:
             return self._with_pretext(self.pretext, batch)
         stream = self.tokenize(batch)
@@ -142,7 +152,7 @@ class Model(nn.Module):
         count = self._sizes()
         group = self.groups[self.map.modalities.index(modality)]
         own = [("tokenizers.", modality), ("modality_D.", modality), ("heads.linear.", None), ("members.", group)]
-        own += [("pretext.", "")]  # for training only: no token of a prediction meets it
+        own += [("pretext.", ""), ("scale.", "")]  # for training only: no token of a prediction meets it
         own += [(f"latents.{part}.", group) for part in ("start", "norm", "attention")]
         own += [("missing.", "")]  # what stands in for a modality is met by no token of a signal
         met = sum(number for name, number in count.items() if not any(_after(name, prefix) for prefix, _ in own))

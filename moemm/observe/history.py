@@ -18,6 +18,7 @@ Points = list[tuple[float, float]]
 class History:
     """losses: task -> (step, mean loss); objectives: the same of those without labels.
     conflict: "a | b" -> (step, mean cosine of the gradients of two losses, share of negative ones).
+    loss_weights: loss -> (step, weight by `harmonize.scale`).
     scores: (split, task) -> (step, score). messages: lines for the reader.
     routing: (step, what the routers did up to it since the one before), in order; names: its axes.
     """
@@ -25,6 +26,7 @@ class History:
     losses: dict[str, Points] = field(default_factory=dict)
     objectives: dict[str, Points] = field(default_factory=dict)
     conflict: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+    loss_weights: dict[str, Points] = field(default_factory=dict)
     scores: dict[tuple[str, str], Points] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     routing: list[tuple[int, RouterReport]] = field(default_factory=list)
@@ -65,6 +67,8 @@ class History:
                 self.objectives.setdefault(name, []).append((step, _number(loss)))
             for pair, (cos, share) in values.get("conflict", {}).items():
                 self.conflict.setdefault(pair, []).append((step, _number(cos), _number(share)))
+            for name, weight in values.get("loss_weights", {}).items():
+                self.loss_weights.setdefault(name, []).append((step, _number(weight)))
         elif event == "scores":
             for task, score in values["scores"].items():
                 self.scores.setdefault((values["split"], task), []).append((step, _number(score["value"])))

@@ -122,7 +122,7 @@ def _sections(model: Model, summary: dict[str, Any], history: History, measured:
     if history.names is not None and history.routing:
         found += [part.heatmap_section(history.names, history), part.time_section(history.names, history)]
     found.append(part.curves_section(summary, history))
-    if history.conflict:
+    if history.conflict or history.loss_weights:
         found.append(part.conflict_section(history))
     if measured is not None:
         found += [part.missing_section(summary, measured), part.cost_section(measured)]

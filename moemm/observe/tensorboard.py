@@ -51,6 +51,7 @@ class TensorBoard:
             **{f"accuracy/{task}": value for task, value in metrics.accuracy.items()},
             **{f"conflict_cos/{pair}": cos for pair, (cos, _) in metrics.conflict.items()},
             **{f"conflict_share/{pair}": share for pair, (_, share) in metrics.conflict.items()},
+            **{f"loss_weight/{name}": weight for name, weight in metrics.loss_weights.items()},
         }
         if metrics.grad_norm is not None:
             scalars["train/grad_norm"] = metrics.grad_norm

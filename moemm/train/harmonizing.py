@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from moemm.config.check_objectives import is_on, label_free
 from moemm.config.schema import Config, HarmonizeConfig
 from moemm.distributed import sum_over_ranks
 from moemm.errors import ConfigError
-from moemm.harmonize import Conflict, Fork
+from moemm.harmonize import SCALES, Conflict, Fork, GradNorm, LossScale
 from moemm.models import Model
 
 DRAWS = 1 << 20
@@ -30,15 +32,16 @@ class ConflictReport:
 
 
 def build_fork(config: Config, model: Model) -> Fork | None:
-    """The fork that `harmonize` asks for; None for `method: sum`.
+    """The fork that `harmonize` asks for; None for `method: sum`, unless the scale looks at gradients.
 
     Raises ConfigError for an unknown method, and where no two losses read one token.
     """
     wanted = config.harmonize
-    if wanted.method == "sum":
+    if wanted.method == "sum" and wanted.scale != "gradnorm":
         return None
     losses = [task.name for task in model.tasks] + list(model.pretext.losses if model.pretext else ())
-    if model.heads.num_passes == 1 and not (model.pretext and model.pretext.meet):
+    meet = model.heads.num_passes > 1 or bool(model.pretext and model.pretext.meet)
+    if wanted.method != "sum" and not meet:
         raise ConfigError(
             f"harmonize.method is {wanted.method}, but no two losses of this run read the same tokens, so that their "
             f"gradients never meet\n  given: {', '.join(losses)}\n"
@@ -47,6 +50,42 @@ def build_fork(config: Config, model: Model) -> Fork | None:
             "  to do: set one of these up, or leave `harmonize` out"
         )
     return Fork(wanted.method, losses, per=wanted.per, reduce=sum_over_ranks, strength=wanted.strength)
+
+
+def build_scale(config: Config, model: Model) -> LossScale | None:
+    """The weights that `harmonize.scale` asks for, connected to the model's fork; None for `none`.
+
+    Raises ConfigError for a run of a single loss, and where a task has the name of an objective.
+    """
+    wanted = config.harmonize
+    if wanted.scale == "none":
+        return None
+    tasks = [task.name for task in model.tasks] if is_on(config.objectives.supervised) else []
+    losses = [*tasks, *label_free(config.objectives)]
+    if len(losses) < 2:
+        raise ConfigError(
+            f"harmonize.scale is {wanted.scale}, but this run has one loss, whose weight is 1\n"
+            f"  given: {losses[0]}\n  allowed: two and more tasks or objectives\n  to do: leave `harmonize.scale` out"
+        )
+    for name in set(tasks) & set(label_free(config.objectives)):
+        raise ConfigError(
+            f"harmonize.scale: the task {name} and objectives.{name} have one name, and each a weight\n"
+            "  to do: give the task another name"
+        )
+    scale = SCALES[wanted.scale](losses, wanted, reduce=sum_over_ranks)
+    if isinstance(scale, GradNorm):
+        assert model.fork is not None
+        number_F = torch.tensor([_number(name, losses) for name in model.fork.losses])
+        model.fork.watch = partial(scale.watch, number_F=number_F)
+    return scale
+
+
+def _number(name: str, losses: list[str]) -> int:
+    """Which loss one of the fork is (each pair of modalities is a loss of its own there), or -1."""
+    for known in (name, name.partition(" ")[0]):
+        if known in losses:
+            return losses.index(known)
+    return -1
 
 
 def gamma(step: int, *, total: int, config: HarmonizeConfig) -> float:

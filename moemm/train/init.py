@@ -22,6 +22,8 @@ _SHAPING = ("dim", "heads", "activation")
 """Keys of `model` without which no tensor means what it meant."""
 _WHILE_TRAINING = {"dropout", "noise"}
 """Options of a modality that change no weight's meaning."""
+_OF_THE_RUN = ("fork.", "scale.")
+"""What a run knows of how its own losses went; of others it would be wrong."""
 _SHOWN = 6
 
 
@@ -83,7 +85,7 @@ def initialise(model: nn.Module, init: str) -> str:
     Raises CheckpointError: no complete checkpoint, another width, or nothing that fits.
     """
     folder, manifest, _ = source(init)
-    weights = read_weights(folder)
+    weights = {name: value for name, value in read_weights(folder).items() if not name.startswith(_OF_THE_RUN)}
     _check_architecture(model, manifest, folder)
     own = model.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}

@@ -15,6 +15,7 @@ from moemm.config.check_objectives import label_free
 from moemm.data.catalogue import Catalogue, TaskInfo
 from moemm.data.sample import PackedBatch
 from moemm.distributed import World, sum_over_ranks
+from moemm.harmonize import LossScale
 from moemm.models import ModelOutput, Sums
 from moemm.moe import router_loss
 from moemm.objectives import supervised_losses
@@ -56,11 +57,20 @@ class Objective:
 
     total_steps: that the schedules of the objectives' weights go over.
     allowed_LME: which modality may use which routed expert; None for a model without a router.
+    scale: what weighs the losses of tasks and of objectives without labels, besides their own weights.
     """
 
     def __init__(
-        self, catalogue: Catalogue, config: Config, world: World, *, total_steps: int, allowed_LME: torch.Tensor | None
+        self,
+        catalogue: Catalogue,
+        config: Config,
+        world: World,
+        *,
+        total_steps: int,
+        allowed_LME: torch.Tensor | None,
+        scale: LossScale | None = None,
     ) -> None:
+        self._by_value = scale
         self.tasks, self._world, self._allowed_LME = catalogue.tasks, world, allowed_LME
         self._config, self._total_steps = config.objectives, total_steps
         self._labels = Labels(catalogue, config, world.device)
@@ -83,14 +93,34 @@ class Objective:
         picked = [self._labels.pick(outputs, batch) for outputs in (output.outputs, *output.earlier)]
         every = [self._sums(*one) for one in picked]
         sums_T, mean_T = every[0], torch.stack(every).mean(0) if output.earlier else every[0]
-        total = self._weights["supervised"] * (self._weights_T * mean_T).sum()
+        by_loss, term = self._by_values(mean_T.detach(), picked[0][1], output)
+        weights_T = self._weights_T
+        if by_loss:
+            weights_T = weights_T * torch.stack([by_loss.get(task.name, torch.ones_like(term)) for task in self.tasks])
+        total = self._weights["supervised"] * (weights_T * mean_T).sum()
         for name, (loss, _) in output.pretext.items():
-            total = total + self._weights[name] * loss
+            total = total + self._weights[name] * by_loss.get(name, 1.0) * loss
         router = self._router(output) if output.router is not None else sums_T.new_zeros(())
         missing = sums_T.new_zeros(()) if output.missing is None else self._missing_weight * output.missing
-        backward = self._scale * (total + missing) + router
+        backward = self._scale * (total + missing) + router + term
         pretext = output.pretext
         return MicroLoss(backward, sums_T.detach(), router.detach(), missing.detach(), pretext, *picked[0])
+
+    def _by_values(
+        self, mean_T: torch.Tensor, targets: Rows, output: ModelOutput
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Loss -> its weight by `harmonize.scale`, and what that adds to the objective: 0, with a gradient."""
+        if self._by_value is None:
+            return {}, mean_T.new_zeros(())
+        found: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {
+            task.name: (loss, mean_T.new_tensor(len(targets[task.name])), self._weights["supervised"] * task.weight)
+            for task, loss in zip(self.tasks, mean_T, strict=True)
+        }
+        found |= {name: (loss.detach(), number, self._weights[name]) for name, (loss, number) in output.pretext.items()}
+        sums, counts, own = zip(*(found[name] for name in self._by_value.losses), strict=True)
+        sums_2L = torch.stack([torch.stack(sums), torch.stack(counts)])
+        w_L, term = self._by_value.weigh(sums_2L, sums_2L.new_tensor(own), output.learned)
+        return dict(zip(self._by_value.losses, w_L, strict=True)), term
 
     def _sums(self, outputs: Rows, targets: Rows) -> torch.Tensor:
         """(T,) sums over the samples of each task."""

@@ -66,10 +66,11 @@ class Trainer:
         self.engine = Engine(model, self.config, world)
         self._balance = RouterBalance(model.trunk)
         allowed_LME = model.trunk.allowed()
-        self._pretext, self._fork = model.pretext, model.fork
+        self._pretext, self._fork, self._scale = model.pretext, model.fork, model.scale
         self._objective = Objective(
-            setup.catalogue, self.config, world, total_steps=setup.total_steps, allowed_LME=allowed_LME
-        )
+            setup.catalogue, self.config, world, total_steps=setup.total_steps, allowed_LME=allowed_LME,
+            scale=self._scale,
+        )  # fmt: skip
         self._window = Window(setup.catalogue.tasks, self.config, world)
         self._routing = routing_names(model.trunk)
         self._alarm = RoutingAlarm(
@@ -187,6 +188,8 @@ class Trainer:
         self._norm = self.engine.grad_norm
         if self._norm is not None and not np.isfinite(self._norm):
             refuse_gradient(self.step, self._norm)
+        if self._scale is not None:
+            self._scale.step()
         self.step += 1
 
     def _gamma(self) -> float:
@@ -231,6 +234,7 @@ class Trainer:
             seconds_left=(total - self.step) * window_s / steps,
             routing=means.routing,
             conflict={} if conflict is None else conflict.pairs,
+            loss_weights={} if self._scale is None else self._scale.take(),
         )
         if conflict is not None:
             self._tell_refused(conflict)

@@ -215,6 +215,11 @@ HARMONIZED: dict[str, dict[str, Any]] = {
     "gradvac modality": {"method": "gradvac", "per": "modality"},
     "curriculum accumulated": {"method": "curriculum", "gamma": 0.05, "gamma_start": -0.1},
     "mgda apart": {"method": "mgda", "per": "batch"},
+    "uncertainty": {"scale": "uncertainty"},
+    "dwa": {"scale": "dwa", "scale_window": 2},
+    "famo accumulated": {"scale": "famo", "scale_rate": 0.2},
+    "famo upgrad apart": {"scale": "famo", "scale_rate": 0.2, "method": "upgrad", "per": "batch"},
+    "gradnorm": {"scale": "gradnorm", "scale_rate": 0.1},
 }
 
 
@@ -372,6 +377,12 @@ def digest(engine: Engine, world: World) -> str:
 
 Cases = list[tuple[int, str]]
 DROPOUT = {"dropout": 0.2}
+WEIGHED: dict[int, dict[str, Any]] = {
+    1: {"scale": "famo"},
+    2: {"scale": "uncertainty"},
+    3: {"scale": "gradnorm"},
+}
+"""Stage -> what keeps a state of its own there."""
 
 
 def whole(folder: str, cases: Cases) -> dict[str, Any]:
@@ -381,7 +392,7 @@ def whole(folder: str, cases: Cases) -> dict[str, Any]:
     for stage, precision in cases:
         trainer, recorder = build(
             Path(folder), world, name=f"{stage}_{precision}", stage=stage, callbacks=(CheckpointingCallback(every=3),),
-            model=DROPOUT, train={"precision": precision, "accumulation": 2},
+            model=DROPOUT, train={"precision": precision, "accumulation": 2}, harmonize=WEIGHED.get(stage, {}),
         )  # fmt: skip
         trainer.run()
         began = time.perf_counter()
@@ -399,7 +410,7 @@ def resumed(folder: str, cases: Cases) -> dict[str, Any]:
     for stage, precision in cases:
         trainer, recorder = build(
             Path(folder), world, name=f"{stage}_{precision}", stage=stage, resume=True, model=DROPOUT,
-            train={"precision": precision, "accumulation": 2},
+            train={"precision": precision, "accumulation": 2}, harmonize=WEIGHED.get(stage, {}),
         )  # fmt: skip
         newest = find_newest(trainer.setup.checkpoints, check=lambda _: None)
         trainer.restore(newest.folder, newest.manifest.step)
