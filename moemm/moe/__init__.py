@@ -1,6 +1,6 @@
 """Mixture of experts: the expert map, routers, the experts, and the layer that joins them."""
 
-from moemm.moe.expert_map import Expert, ExpertMap
+from moemm.moe.expert_map import Expert, ExpertMap, experts_of_groups
 from moemm.moe.experts import FeedForward, LowRank
 from moemm.moe.layer import ExpertShape, MoELayer
 from moemm.moe.losses import LOSSES, router_loss
@@ -25,6 +25,7 @@ __all__ = [
     "Routing",
     "active_experts",
     "bound_expert",
+    "experts_of_groups",
     "redirected",
     "register_router",
     "router_loss",

@@ -89,11 +89,7 @@ class ExpertMap:
         for number, group in enumerate(groups):
             _check_names(f"model.experts.groups.{number}.modalities", group.modalities, modalities)
             _check_names(f"model.experts.groups.{number}.tasks", group.tasks, tasks)
-        number_of: dict[str, Iterator[int]] = {}
-        experts: list[Expert] = []
-        for group in groups:
-            made = list(_of_group(group, groups, modalities, layers))
-            experts += [replace(e, id=_id(e, group, len(made), i, number_of)) for i, e in enumerate(made)]
+        experts = [expert for made in experts_of_groups(groups, modalities, layers) for expert in made]
         skills = tuple(tasks) if any(expert.tasks is not None for expert in experts) else ()
         return cls(tuple(experts), tuple(modalities), skills, layers)
 
@@ -153,6 +149,18 @@ class ExpertMap:
                     f"model.experts.groups: {who} reaches no expert in layer {layer}; add one that serves it there, "
                     "or a group of kind shared"
                 )
+
+
+def experts_of_groups(
+    groups: Sequence[ExpertGroupConfig], modalities: Sequence[str], layers: int
+) -> list[list[Expert]]:
+    """The experts of each group, named, in the order of the map."""
+    number_of: dict[str, Iterator[int]] = {}
+    found = []
+    for group in groups:
+        made = list(_of_group(group, groups, modalities, layers))
+        found.append([replace(e, id=_id(e, group, len(made), i, number_of)) for i, e in enumerate(made)])
+    return found
 
 
 def _of_group(
