@@ -1,4 +1,4 @@
-"""Where losses pull a run's parameters apart: cosines of their gradients, by part of the model, at each checkpoint kept.
+"""Where losses pull a run's parameters apart: cosines of their gradients, by part of the model and checkpoint.
 
 T losses, M modalities, N batches.
 """
@@ -228,9 +228,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def decide(
-    run: TrainedRun, values: Mapping[str, Any], *, least: float = 0.0
-) -> tuple[dict[str, Any], Config | None]:
+def decide(run: TrainedRun, values: Mapping[str, Any], *, least: float = 0.0) -> tuple[dict[str, Any], Config | None]:
     """{"lasting", "remedies", "parameters": {"before", "after"} or None, "refused"} and the configuration to train.
 
     It is None where nothing lasts, where experts cannot help, or where the split does not fit the router: then
@@ -251,7 +249,10 @@ def decide(
 
 
 def write_split(loaded: LoadedConfig, config: Config, path: Path) -> None:
-    """The configuration, complete and with an output folder of its own. Raises ConfigError where it cannot be written."""
+    """The configuration, complete and with an output folder of its own.
+
+    Raises ConfigError where it cannot be written.
+    """
     train = replace(config.train, output=f"{config.train.output.rstrip('/')}-split")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

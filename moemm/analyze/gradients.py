@@ -128,7 +128,7 @@ def tapped(model: Model) -> Iterator[dict[int, _Tap]]:
 
     handles = []
     for layer, block in enumerate(model.trunk.blocks):
-        handles.append(block.register_forward_pre_hook(lambda _, args, at=layer: before(at, args)))  # type: ignore[misc]
+        handles.append(block.register_forward_pre_hook(lambda _, args, at=layer: before(at, args)))
         ffn: Any = block.ffn
         handles.append(ffn.register_forward_hook(lambda _, args, out, at=layer: after(at, out)))
     try:

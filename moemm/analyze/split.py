@@ -55,7 +55,7 @@ def all_atoms(config: Config, model: Model) -> list[Atom]:
     if config.model.moe == "dense":
         return []
     groups, layers = config.model.experts.groups, config.model.layers
-    found = []
+    found: list[Atom] = []
     for number, made in enumerate(experts_of_groups(groups, model.map.modalities, layers)):
         for served in dict.fromkeys(expert.modalities for expert in made):
             own = [expert for expert in made if expert.modalities == served]
@@ -75,9 +75,9 @@ def atoms(config: Config, model: Model) -> dict[Part, tuple[str, ...]]:
 def lasting(values: Mapping[str, Any], *, least: float = 0.0) -> list[dict[str, Any]]:
     """Entries of `parts` in which the losses oppose each other clearly and lastingly, the worst first.
 
-    Clearly: the mean cosine is at most -`least` and under 0 by more than chance, by Student's t at a risk of RISK shared
-    by all entries. Lastingly: at the newest checkpoint, and at more than half of the newest LAST. Besides the keys of
-    the newest step each has "clear" and "of": at how many of those.
+    Clearly: the mean cosine is at most -`least` and under 0 by more than chance, by Student's t at a risk of RISK that
+    all entries share. Lastingly: at the newest checkpoint, and at more than half of the newest LAST. Besides the keys
+    of the newest step each has "clear" and "of": at how many of those.
     """
     from scipy.stats import t as student
 
@@ -125,8 +125,8 @@ def _remedy(
 ) -> tuple[Remedy | None, str]:
     """What takes a conflict away, and why."""
     if atom is None:
-        dense = "model.moe is dense: experts are for `sparse`" if one["kind"] == "ffn" else "not experts"
-        return None, f"{dense}; `harmonize` can weigh the losses"
+        what = "model.moe is dense: experts are for `sparse`" if one["kind"] == "ffn" else "these are no experts"
+        return None, f"{what}; `harmonize` can weigh the losses"
     group = config.model.experts.groups[atom.group]
     if group.kind == "lora" or bases & set(atom.ids):
         return None, "a lora expert or its base, which stay as they are"

@@ -1,21 +1,22 @@
-"""`moemm analyze heterogeneity`."""
+"""`moemm analyze heterogeneity` and `moemm analyze conflict`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from moemm.cli.output import show, show_json
-from moemm.errors import ConfigError
+from moemm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from moemm.analyze import Subject
+    from moemm.analyze import Pick, Subject
     from moemm.config import LoadedConfig
+    from moemm.train import Run
 
 
 @dataclass(kw_only=True)
@@ -98,6 +99,85 @@ class Heterogeneity:
         from moemm.train.setup import learn_modalities
 
         return Subject(loaded, *learn_modalities(loaded))
+
+
+@dataclass(kw_only=True)
+class Conflict:
+    """Measure where the losses of a run pull its parameters apart, and write a configuration that splits experts there.
+
+    Prints the mean cosine of each two losses' gradients by layer and part, at every checkpoint that the run keeps.
+    Writes conflict/conflict.json, which `moemm report` shows, and scalars for TensorBoard; where experts of their own
+    would help against a conflict that lasts, also split.yaml, ready for `moemm train`.
+    """
+
+    run_folder: Annotated[Positional[Path], arg(name="run", metavar="RUN")]
+    """Folder of the run: train.output of its configuration."""
+    batches: int = 32
+    """Training batches to take gradients of, the same at each checkpoint."""
+    samples: int = 64
+    """Samples of a batch. Small ones are noisy, which brings cosines nearer to 0."""
+    least: float = 0.0
+    """How far under 0 a mean cosine must be to count as a conflict; sure it must be in any case."""
+    output: Path | None = None
+    """Configuration to write; conflict/split.yaml in the run's folder when not given."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        """Measure, print and write; 0."""
+        del overrides
+        self._check()
+        from moemm import analyze
+        from moemm.cli.subject import load
+
+        loaded = load(self.run_folder, ())
+        from moemm.observe.conflict_file import write_conflict
+
+        run, pick = self._run()
+        sampling = analyze.Sampling(batches=self.batches, samples=self.samples)
+        values = analyze.analyze_conflict(run, pick, sampling, tell=_tell)
+        decision, split = analyze.decide(run, values, least=self.least)
+        path = None
+        if split is not None:
+            path = self.output or self.run_folder / "conflict" / "split.yaml"
+            analyze.write_split(loaded, split, path)
+        values = {**values, **decision, "written": None if path is None else str(path)}
+        self._show(values, write_conflict(self.run_folder, values))
+        return 0
+
+    def _check(self) -> None:
+        from moemm.config.suggest import missing_path
+
+        if not self.run_folder.is_dir():
+            raise CheckpointError(missing_path(self.run_folder, what="run folder"))
+        if self.batches < 2:
+            raise ConfigError(
+                f"--batches {self.batches}: must be at least 2, to tell how much cosines vary; 32 are good"
+            )
+        if self.samples < 1:
+            raise ConfigError(f"--samples {self.samples}: must be at least 1; the run's batch size is a good choice")
+        if not 0.0 <= self.least < 1.0:
+            raise ConfigError(f"--least {self.least}: must be from 0 to less than 1, as a distance under 0")
+
+    def _run(self) -> tuple[Run, Pick]:
+        import torch
+
+        from moemm.train import load_run
+        from moemm.train.labels import Labels
+
+        run = load_run(self.run_folder)
+        return run, Labels(run.catalogue, run.config, torch.device("cpu")).pick
+
+    def _show(self, values: Mapping[str, Any], file: Path) -> None:
+        if self.json:
+            show_json(values)
+            return
+        from moemm.observe.conflict_table import render_conflict
+
+        show(render_conflict(values))
+        show(f"wrote       {file}, and tensorboard/conflict beside it; moemm report {self.run_folder} draws it")
+        if values["written"]:
+            show(f"to train    moemm train {values['written']}")
 
 
 def _tell(line: str) -> None:

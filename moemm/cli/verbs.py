@@ -42,6 +42,11 @@ VERBS: dict[str, Verb] = {
         help="which modalities should share experts",
         overrides=True,
     ),
+    "analyze conflict": Verb(
+        usage="RUN",
+        target="moemm.cli.analyze:Conflict",
+        help="where losses pull apart, and what to split there",
+    ),
     "report": Verb(
         usage="RUN",
         target="moemm.cli.report:Report",

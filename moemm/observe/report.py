@@ -14,6 +14,7 @@ from moemm.evaluate import TrainedRun, causal_reuse, count_cost, evaluate_model,
 from moemm.evaluate.reuse import plan_of
 from moemm.models import Model
 from moemm.observe import sections as part
+from moemm.observe.conflict_file import read_conflict
 from moemm.observe.history import History
 from moemm.observe.page import Section, facts, page, paragraph
 
@@ -58,7 +59,7 @@ def build_report(
     return page(
         f"{summary['name']}: report of a run",
         top,
-        _sections(cast(Model, run.model), summary, history, measured),
+        _sections(cast(Model, run.model), summary, history, measured, read_conflict(run.folder)),
         footer="Written by moemm report. docs/report.md says what each figure means.",
     )
 
@@ -116,7 +117,13 @@ def _subsets(run: TrainedRun, split: str, tell: Tell) -> part.Subsets:
     }  # fmt: skip
 
 
-def _sections(model: Model, summary: dict[str, Any], history: History, measured: part.Measured | None) -> list[Section]:
+def _sections(
+    model: Model,
+    summary: dict[str, Any],
+    history: History,
+    measured: part.Measured | None,
+    conflict: dict[str, Any] | None,
+) -> list[Section]:
     reuse = measured.reuse if measured is not None else None
     found = [part.scores_section(summary, history.messages, reuse), part.map_section(model)]
     if history.names is not None and history.routing:
@@ -124,6 +131,8 @@ def _sections(model: Model, summary: dict[str, Any], history: History, measured:
     found.append(part.curves_section(summary, history))
     if history.conflict or history.loss_weights:
         found.append(part.conflict_section(history))
+    if conflict is not None:
+        found.append(part.pull_section(conflict))
     if measured is not None:
         found += [part.missing_section(summary, measured), part.cost_section(measured)]
         if measured.reuse:
