@@ -126,7 +126,7 @@ def _remedy(
     """What takes a conflict away, and why."""
     if atom is None:
         what = "model.moe is dense: experts are for `sparse`" if one["kind"] == "ffn" else "these are no experts"
-        return None, f"{what}; `harmonize` can weigh the losses"
+        return None, f"{what}; harmonize can weigh the losses"
     group = config.model.experts.groups[atom.group]
     if group.kind == "lora" or bases & set(atom.ids):
         return None, "a lora expert or its base, which stay as they are"
@@ -137,9 +137,9 @@ def _remedy(
     together = {frozenset(catalogue.tasks[n].name for n in members) for members in task_groups(catalogue.tasks)}
     names = {task.name for task in catalogue.tasks}
     if not set(one["losses"]) <= names:
-        return None, "within each modality, and one of the losses is no task; `harmonize` can weigh them"
+        return None, "within each modality, and one of the losses is no task; harmonize can weigh them"
     if any(set(one["losses"]) <= members for members in together):
-        return None, "within each modality, of labels that share each sample; `harmonize` can weigh them"
+        return None, "within each modality, of labels that share each sample; harmonize can weigh them"
     return "task", f"{one['same'] / one['cos']:.0%} of it is within one modality"
 
 
@@ -251,4 +251,4 @@ def _share(count: int, parts: int, config: Config) -> int:
 
 
 def _text(layers: Sequence[int]) -> str:
-    return ",".join(map(str, layers))
+    return ",".join(map(str, sorted(layers)))

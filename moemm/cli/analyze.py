@@ -175,7 +175,8 @@ class Conflict:
         from moemm.observe.conflict_table import render_conflict
 
         show(render_conflict(values))
-        show(f"wrote       {file}, and tensorboard/conflict beside it; moemm report {self.run_folder} draws it")
+        show(f"\nwrote       {file}, and tensorboard/conflict")
+        show(f"to draw     moemm report {self.run_folder}")
         if values["written"]:
             show(f"to train    moemm train {values['written']}")
 

@@ -16,13 +16,12 @@ Entry = Mapping[str, Any]
 
 def render_conflict(values: Mapping[str, Any]) -> Group:
     """Pairs by place at the newest checkpoint, the worst places over time, and what is to be done."""
-    steps = ", ".join(map(str, values["steps"]))
-    parts: list[Any] = [
-        f"{values['run']}: cosines of the gradients of {len(values['losses'])} losses, {values['batches']} batches of "
-        f"{values['samples']} samples, at step {steps}"
-    ]
-    parts += [f"left out: {line}" for line in values["skipped"]]
-    parts += [_pairs_table(values), _places_table(values), *_verdict(values)]
+    steps = f"step{'s' if len(values['steps']) > 1 else ''} {', '.join(map(str, values['steps']))}"
+    drawn = f"{values['batches']} batches of {values['samples']} samples"
+    parts: list[Any] = [f"run         {values['run']}"]
+    parts.append(f"gradients   of {len(values['losses'])} losses, {drawn}, at {steps}")
+    parts += [f"left out    {line}" for line in values["skipped"]]
+    parts += [*_pairs(values), *_places(values), *_verdict(values)]
     return Group(*parts)
 
 
@@ -37,7 +36,7 @@ def pair_of(entry: Entry) -> str:
     return " | ".join(entry["losses"])
 
 
-def _pairs_table(values: Mapping[str, Any]) -> Table:
+def _pairs(values: Mapping[str, Any]) -> Iterator[Any]:
     lasting = {(title, pair_of(one)) for one in values["lasting"] for title in _within(one)}
     columns = _columns(values["parts"])
     cells: dict[str, dict[str, Entry]] = {}
@@ -45,16 +44,19 @@ def _pairs_table(values: Mapping[str, Any]) -> Table:
         if entry["title"] in columns:
             cells.setdefault(pair_of(entry), {})[entry["title"]] = entry
     order = sorted(cells, key=lambda pair: min(map(upper, cells[pair].values())))
-    more = f", the worst {PAIRS} of {len(order)}" if len(order) > PAIRS else ""
-    title = f"\nmean cosine by layer and part, step {values['steps'][-1]}{more}; under 0 they pull apart, * lastingly (there, or in a part of it)"
-    table = Table(title=title, title_justify="left", padding=(0, 1))
+    more = f", the worst {PAIRS} of {len(order)} pairs" if len(order) > PAIRS else ""
+    yield (
+        f"\nMean cosine by layer and part, step {values['steps'][-1]}{more}. Under 0 they pull apart; * lastingly, "
+        "there or in one of the experts."
+    )
+    table = Table(padding=(0, 1))
     table.add_column("losses", overflow="fold")
     for name in columns.values():
         table.add_column(name, justify="right")
     for pair in order[:PAIRS]:
         row = [cells[pair].get(title) for title in columns]
         table.add_row(pair, *("" if one is None else _cell(one, (one["title"], pair) in lasting) for one in row))
-    return table
+    yield table
 
 
 def _columns(entries: Sequence[Entry]) -> dict[str, str]:
@@ -71,25 +73,25 @@ def _cell(entry: Entry, lasts: bool) -> str:
     return "" if cos is None else f"{cos:+.2f}{'*' if lasts else ' '}"
 
 
-def _places_table(values: Mapping[str, Any]) -> Table:
+def _places(values: Mapping[str, Any]) -> Iterator[Any]:
     entries = sorted((entry for entry in values["parts"] if entry["kind"] not in SUMS), key=upper)
     lasting = {(one["title"], pair_of(one)): one for one in values["lasting"]}
     steps = values["steps"][-STEPS:]
-    title = (
-        "\nthe worst places one by one: mean cosine and its error, share of batches under 0, how much of the cosine is "
-        "between\nmodalities, the mean at each step, and in how many of the last checkpoints it is surely under 0"
+    yield (
+        "\nThe worst places one by one: mean cosine and its error; batches under 0; how much of the cosine is between "
+        "modalities; the mean at each step; in how many of the last checkpoints it is surely under 0."
     )
-    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    table = Table(padding=(0, 0, 0, 1))
     table.add_column("layer and part", overflow="fold")
     table.add_column("losses", overflow="fold")
-    for name in ("cosine", "under 0", "between", *map(str, steps), "lasts"):
+    for name in ("cosine", "under 0", "between", *(f"step {step}" for step in steps), "lasts"):
         table.add_column(name, justify="right")
     for entry in entries[:PLACES]:
         found = lasting.get((entry["title"], pair_of(entry)))
         lasts = "" if found is None else f"{found['clear']} of {found['of']}"
         over = ("" if cos is None else f"{cos:+.2f}" for cos in entry["cos"][-STEPS:])
         table.add_row(_place(entry), pair_of(entry), *_newest(entry), *over, lasts)
-    return table
+    yield table
 
 
 def _within(entry: Entry) -> list[str]:
@@ -117,9 +119,7 @@ def _verdict(values: Mapping[str, Any]) -> Iterator[str]:
     lasting, steps = values["lasting"], values["steps"]
     if not lasting:
         yield "\nno lasting conflict: nowhere is the mean cosine surely under 0, so no configuration is written"
-    for one in values["remedies"]:
-        what = {"modality": "experts by modality", "task": "experts by task", None: "no split"}[one["remedy"]]
-        yield f"\n{one['title']}: {' | '.join(one['losses'])}\n  {what}: {one['why']}"
+    yield from _remedies(values["remedies"])
     if lasting and not any(one["remedy"] for one in values["remedies"]):
         yield "\nexperts of their own help none of these, so no configuration is written"
     if values["refused"]:
@@ -132,3 +132,14 @@ def _verdict(values: Mapping[str, Any]) -> Iterator[str]:
     if values["parameters"]:
         before, after = (f"{values['parameters'][key]:,}" for key in ("before", "after"))
         yield f"\nparameters  {before} before, {after} split"
+
+
+def _remedies(remedies: Sequence[Entry]) -> Iterator[str]:
+    """What helps, with the places and losses for which it does."""
+    words = {"modality": "Experts by modality", "task": "Experts by task", None: "No split"}
+    found: dict[str, list[str]] = {}
+    for one in remedies:
+        found.setdefault(f"{words[one['remedy']]}: {one['why']}", []).append(f"{one['title']} ({pair_of(one)})")
+    for what, places in found.items():
+        more = f" and {len(places) - PLACES} more" if len(places) > PLACES else ""
+        yield f"\n{what}\n  {', '.join(places[:PLACES])}{more}"

@@ -10,6 +10,8 @@ from moemm.observe.page import Cell, Section, flow, heading, paragraph, scale, t
 
 SHOWN = 20
 """Pairs that get a line in the tables over time: the worst."""
+COLUMNS = 8
+"""Pairs that get a column in the tables of experts."""
 FULL = 0.2
 """Cosine whose colour is as strong as it gets: those of parameters are small."""
 Entry = Mapping[str, Any]
@@ -36,6 +38,8 @@ def pull_section(values: Mapping[str, Any]) -> Section:
         + flow(maps)
         + heading("Over time")
         + flow(part for part in over if part)
+        + heading(f"Experts one by one, step {values['steps'][-1]}")
+        + flow(filter(None, (_experts(values["parts"], layer) for layer in layers)))
         + (heading("Experts, by what the tokens of one modality bring") + flow(filter(None, by)) if own else "")
         + _remedies(values),
     )
@@ -63,6 +67,19 @@ def _over_time(entries: Sequence[Entry], layer: int, kind: str, steps: Sequence[
     rows = [(" | ".join(one["losses"]), _row(one)) for one in sorted(own, key=_newest)[:SHOWN]]
     title = f"Layer {layer}, {kind}"
     return heading(title) + table(["losses", *steps], rows, label=f"Over time, {title}")
+
+
+def _experts(entries: Sequence[Entry], layer: int) -> str:
+    """Expert x pair; the pairs that pull most apart first."""
+    own = [entry for entry in entries if entry["layer"] == layer and entry["kind"] == "expert"]
+    if not own:
+        return ""
+    pairs = list(dict.fromkeys(tuple(entry["losses"]) for entry in sorted(own, key=_newest)))[:COLUMNS]
+    known = {(entry["name"], tuple(entry["losses"])): entry for entry in own}
+    names = list(dict.fromkeys(entry["name"] for entry in own))
+    rows = [(name, [_cell(known.get((name, pair)), -1) for pair in pairs]) for name in names]
+    title = f"Layer {layer}"
+    return heading(title) + table(["expert", *map(" | ".join, pairs)], rows, label=f"Experts, {title}")
 
 
 def _modalities(entries: Sequence[Entry], layer: int, steps: Sequence[str]) -> str:
