@@ -108,16 +108,25 @@ def propose(
     by_part = {atom.part: atom for atom in all_atoms(config, model)}
     bases = {group.base for group in config.model.experts.groups if group.base}
     told, wanted = [], dict[Atom, list[tuple[Remedy, Mapping[str, Any]]]]()
-    covered = {(by_part[part].layer, name) for part in by_part if part.kind == "group" for name in by_part[part].ids}
+    covered = {(atom.layer, name): atom for atom in by_part.values() if len(atom.ids) > 1 for name in atom.ids}
+    together = [(Part(one["layer"], one["kind"], one["name"]), one["losses"]) for one in conflicts]
     for one in conflicts:
         atom = by_part.get(Part(one["layer"], one["kind"], one["name"]))
-        if atom is None and (one["layer"], one["name"]) in covered:
+        group = covered.get((one["layer"], one["name"])) if atom is None else None
+        if group is not None and (group.part, one["losses"]) in together:
             continue  # one of several experts that are split together, if they are
+        if group is not None:
+            told.append(_told(one, None, f"of the experts of {group.name}, which are split together, this one alone"))
+            continue
         remedy, why = _remedy(one, atom, config, model, catalogue, bases)
-        told.append({"title": one["title"], "losses": one["losses"], "remedy": remedy, "why": why})
+        told.append(_told(one, remedy, why))
         if atom is not None and remedy is not None:
             wanted.setdefault(atom, []).append((remedy, one))
     return [_split(atom, found, catalogue) for atom, found in wanted.items()], told
+
+
+def _told(one: Mapping[str, Any], remedy: Remedy | None, why: str) -> dict[str, Any]:
+    return {"title": one["title"], "losses": one["losses"], "remedy": remedy, "why": why}
 
 
 def _remedy(

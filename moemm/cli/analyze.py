@@ -131,18 +131,19 @@ class Conflict:
         from moemm.cli.subject import load
 
         loaded = load(self.run_folder, ())
-        from moemm.observe.conflict_file import write_conflict
+        from moemm.observe.conflict_file import SPLIT, write_conflict
 
         run, pick = self._run()
         sampling = analyze.Sampling(batches=self.batches, samples=self.samples)
         values = analyze.analyze_conflict(run, pick, sampling, tell=_tell)
         decision, split = analyze.decide(run, values, least=self.least)
+        values |= decision
+        file = write_conflict(self.run_folder, values)  # first: it took minutes, and --output may fail
         path = None
         if split is not None:
-            path = self.output or self.run_folder / "conflict" / "split.yaml"
+            path = self.output or file.parent / SPLIT
             analyze.write_split(loaded, split, path)
-        values = {**values, **decision, "written": None if path is None else str(path)}
-        self._show(values, write_conflict(self.run_folder, values))
+        self._show({**values, "written": None if path is None else str(path)}, file)
         return 0
 
     def _check(self) -> None:

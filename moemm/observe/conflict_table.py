@@ -74,18 +74,21 @@ def _cell(entry: Entry, lasts: bool) -> str:
 
 
 def _places(values: Mapping[str, Any]) -> Iterator[Any]:
-    entries = sorted((entry for entry in values["parts"] if entry["kind"] not in SUMS), key=upper)
+    under = [entry for entry in values["parts"] if entry["kind"] not in SUMS and (entry["cos"][-1] or 0.0) < 0]
+    entries = sorted(under, key=upper)
+    if not entries:
+        return
     lasting = {(one["title"], pair_of(one)): one for one in values["lasting"]}
     steps = values["steps"][-STEPS:]
     yield (
         "\nThe worst places one by one: mean cosine and its error; batches under 0; how much of the cosine is between "
-        "modalities; the mean at each step; in how many of the last checkpoints it is surely under 0."
+        "modalities; the mean at the step of each checkpoint; in how many of the last checkpoints it is surely under 0."
     )
     table = Table(padding=(0, 0, 0, 1))
     table.add_column("layer and part", overflow="fold")
     table.add_column("losses", overflow="fold")
-    for name in ("cosine", "under 0", "between", *(f"step {step}" for step in steps), "lasts"):
-        table.add_column(name, justify="right")
+    for name in ("cosine", "under 0", "between", *map(str, steps), "lasts"):
+        table.add_column(name, justify="right", no_wrap=True)
     for entry in entries[:PLACES]:
         found = lasting.get((entry["title"], pair_of(entry)))
         lasts = "" if found is None else f"{found['clear']} of {found['of']}"

@@ -283,6 +283,9 @@ def test_what_experts_cannot_help(tiny: Built) -> None:
         "these are no experts", "a lora expert or its base, which stay as they are",
         "within each modality, and one of the losses is no task",
     ]  # fmt: skip
+    alone = entry(**conflict, kind="expert", name="routed_1", title="routed_1")
+    _, told = propose(config, model, catalogue, [alone])
+    assert told[0]["remedy"] is None and "of the experts of routed, which are split together" in told[0]["why"]
     joint = replace(catalogue.tasks[1], drawn_with="shapes")
     together = replace(catalogue, tasks=(catalogue.tasks[0], joint))
     _, told = propose(config, model, together, [entry(**conflict)])
