@@ -72,6 +72,9 @@ def test_opposite_tasks_of_two_modalities_get_modality_experts(call: Call, by_mo
     assert max(shared["cos"]) < -0.7 and shared["opposed"] == [1.0, 1.0] and shared["same"] == [0.0, 0.0]
     assert {"modality_u", "modality_v"}.isdisjoint(one["name"] for one in values["parts"]), "one loss reaches each"
     assert call("train", path, "--train.output", tmp_path / "split", "--train.steps", 3)[0] == 0
+    again = json.loads(call("analyze", "conflict", tmp_path / "split", *QUICK, "--json")[1])
+    kinds = {one["kind"] for one in again["parts"]}
+    assert "attention" in kinds and not kinds & {"expert", "experts", "group"}, "no expert is left that both reach"
 
 
 def test_the_run_is_left_with_scalars_and_a_section_of_its_report(call: Call, by_modality: Path) -> None:
