@@ -144,9 +144,12 @@ def connect(*, timeout_s: float) -> World:
 
 def _init_process_group(rank: int, size: int, timeout_s: float, device: torch.device) -> None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if rank == 0 and size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _refuse_taken_port(port)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+    if size == 1:  # nobody to meet: no port, so that a process started from this one may have its own
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
     try:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:

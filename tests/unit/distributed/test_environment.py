@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +98,14 @@ def test_a_taken_port_is_named_with_a_free_one() -> None:
         with pytest.raises(LaunchError, match=rf"Port {port} \(MASTER_PORT\).*--master_port N.*\d+ is free now"):
             module._refuse_taken_port(port)
     module._refuse_taken_port(free_port())
+
+
+def test_a_process_started_by_one_that_trains_alone_may_train_too() -> None:
+    join = "from moemm.distributed import connect; connect(timeout_s=20)"
+    child = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {join!r}]).returncode)"
+    before = {key: value for key, value in os.environ.items() if key not in (*module._RANK_KEYS, "MASTER_PORT")}
+    done = subprocess.run([sys.executable, "-c", f"{join}\n{child}"], env=before, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_alone_collectives_send_nothing() -> None:
