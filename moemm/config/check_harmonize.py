@@ -8,6 +8,8 @@ from moemm.config.problem import KeyPath, Problem
 from moemm.config.schema import Config, HarmonizeConfig
 
 ROOT: KeyPath = ("harmonize",)
+_TRAPS = (("data_types",), ("zero_optimization", "offload_optimizer"), ("zero_optimization", "offload_param"))
+"""Keys of `deepspeed.extra` with which a gradient is elsewhere, or in parts, when the engine is asked for it."""
 METHODS = (
     "sum",
     "realign",
@@ -41,7 +43,7 @@ def _unread(config: Config) -> Iterator[Problem]:
     given, default = config.harmonize, HarmonizeConfig()
     if given.method not in METHODS:
         return  # a method of the user's own may read any of them
-    for key, readers in {**_USERS, "per": METHODS[1:]}.items():
+    for key, readers in {**_USERS, "at": METHODS[1:], "per": METHODS[1:]}.items():
         value = getattr(given, key)
         if value != getattr(default, key) and given.method not in readers:
             message = f"has no meaning with `harmonize.method: {given.method}`; it is for {', '.join(readers)}"
@@ -59,9 +61,28 @@ def _unread_scale(config: Config) -> Iterator[Problem]:
 
 def _kept(config: Config) -> Iterator[Problem]:
     given = config.harmonize
-    if given.method == "gradvac" and given.per in ("sample", "token"):
+    if given.method == "gradvac" and given.at == "fork" and given.per in (None, "sample", "token"):
         message = "lies on one rank each, and gradvac's averages are over all of them; say `per: batch` or `modality`"
-        yield Problem(path=(*ROOT, "per"), message=message, given=given.per, allowed="modality, batch")
+        yield Problem(path=(*ROOT, "per"), message=message, given=given.per or "sample", allowed="modality, batch")
+
+
+def _trunk(config: Config) -> Iterator[Problem]:
+    given = config.harmonize
+    if given.at != "trunk" or given.method == "sum":
+        return
+    if given.per not in (None, "batch"):
+        message = "is for `harmonize.at: fork`; a parameter's gradient is that of the whole batch, so leave `per` out"
+        yield Problem(path=(*ROOT, "per"), message=message, given=given.per, allowed="batch")
+    if given.scale == "gradnorm":
+        message = "looks at gradients at the fork, and `harmonize.at: trunk` has none"
+        yield Problem(path=(*ROOT, "scale"), message=message, given=given.scale, allowed="none, uncertainty, dwa, famo")
+    for path in _TRAPS:
+        value: object = config.deepspeed.extra
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            message = "keeps gradients where `harmonize.at: trunk` cannot read and write them; leave one of them out"
+            yield Problem(path=("deepspeed", "extra", *path), message=message, given=value)
 
 
 def _schedule(config: Config) -> Iterator[Problem]:
@@ -72,8 +93,11 @@ def _schedule(config: Config) -> Iterator[Problem]:
 
 def _every_block(config: Config) -> Iterator[Problem]:
     given = config.harmonize
-    if (given.method != "sum" or given.scale == "gradnorm") and config.model.predict_every_block:
-        message = "brings losses to every block; `harmonize` sees the gradients of the last alone"
+    at_fork = given.at == "fork" and given.method != "sum"
+    if (at_fork or given.scale == "gradnorm") and config.model.predict_every_block:
+        message = (
+            "brings losses to every block; the fork sees the gradients of the last alone (`harmonize.at: trunk` all)"
+        )
         yield Problem(path=("model", "predict_every_block"), message=message, given=True, allowed="false")
 
 
@@ -81,6 +105,7 @@ HARMONIZE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _unread,
     _unread_scale,
     _kept,
+    _trunk,
     _schedule,
     _every_block,
 )

@@ -321,19 +321,22 @@ Cosine = Annotated[float, Interval(ge=-1.0, le=1.0)]
 
 @dataclass(kw_only=True)
 class HarmonizeConfig:
-    """What is done where the gradients of two losses oppose each other, at the end of the trunk, before they are added;
-    and how losses of different size are weighed.
+    """What is done where the gradients of two losses oppose each other, before they are added; and how losses of
+    different size are weighed.
 
-    Losses meet there where they read the same tokens: the labels of one sample (`data.joint_labels`), the pairs of
-    `objectives.contrastive`, `objectives.similarity` and what else reads its views."""
+    At the fork, which is the end of the trunk, losses meet where they read the same tokens: the labels of one sample
+    (`data.joint_labels`), the pairs of `objectives.contrastive`, `objectives.similarity` and what else reads its views.
+    At the trunk all losses meet that share a parameter, for the price of a backward pass for each."""
 
     method: Annotated[str, MinLen(1)] = "sum"
     """`sum`: nothing. `realign`, `curriculum`, `realign_curriculum`, `pcgrad`, `gradvac`, `cagrad`, `mgda`, `imtl_g`,
     `nash_mtl`, `aligned_mtl`, `upgrad`, `dual_cone`, `equal_norm`, `random`: docs/harmonize.md; or what
     @register_harmonizer adds."""
-    per: Literal["sample", "token", "modality", "batch"] = "sample"
-    """Whose gradients are compared and weighed together: those of each sample, token or modality, or of a micro-batch
-    over all ranks."""
+    at: Literal["fork", "trunk"] = "fork"
+    """Whose gradients: those of the stream that the trunk returns, or those of the parameters that losses share."""
+    per: Literal["sample", "token", "modality", "batch"] | None = None
+    """fork: what is compared and weighed together, each sample (when not given), token or modality, or a micro-batch
+    over all ranks. trunk: `batch`, all samples of the step."""
     gamma: Cosine = 0.0
     """realign, curriculum, realign_curriculum: the cosine under which two losses are in conflict."""
     gamma_start: Cosine | None = None

@@ -10,19 +10,14 @@ T tokens, D width, B branches, L losses, X groups (tokens, samples, modalities, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from moemm.exact import ExactBuffers
-from moemm.harmonize.registry import Context, find
-from moemm.harmonize.weights import weights
+from moemm.harmonize.settler import Settler
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """The sum of a tensor over ranks."""
-SHARED = ("modality", "batch")
-"""What tokens of several ranks are judged by together."""
 
 
 class Readers(NamedTuple):
@@ -50,32 +45,11 @@ class Readers(NamedTuple):
         return torch.zeros_like(self.sample_T), 1
 
 
-@dataclass(slots=True)
-class Conflict:
-    """What was seen since the last `take`, on this rank; float64 on the stream's device.
-
-    cos_LL, pairs_LL: sum of cosines over groups, and number of groups where both losses meet. against_LL: those whose
-    cosine is negative. counts: groups with a loss whose gradient is not finite, and groups whose weights were refused.
-    """
-
-    cos_LL: torch.Tensor
-    pairs_LL: torch.Tensor
-    against_LL: torch.Tensor
-    counts: torch.Tensor
-
-    @classmethod
-    def none(cls, num_losses: int, device: torch.device) -> Conflict:
-        """Nothing seen."""
-        cos_LL, pairs_LL, against_LL = torch.zeros(3, num_losses, num_losses, dtype=torch.float64, device=device)
-        return cls(cos_LL, pairs_LL, against_LL, torch.zeros(2, dtype=torch.float64, device=device))
-
-
-class Fork(ExactBuffers):
+class Fork(Settler):
     """Hands a stream to branches, and settles their gradients' conflicts on the way back.
 
     method: as for `weights`. per: which tokens are judged together; tokens and samples lie on one rank, of modalities
-    and the batch the Gram matrices are summed by `reduce`. losses: their names. Holds the method's state as buffers, so
-    that checkpoints have it.
+    and the batch the Gram matrices are summed by `reduce`. losses: their names.
     """
 
     def __init__(
@@ -88,25 +62,11 @@ class Fork(ExactBuffers):
         gamma: float = 0.0,
         strength: float = 0.5,
     ):
-        super().__init__()
-        self.method, self.losses, self.per, self.reduce = method, tuple(losses), per, reduce
-        self.context = Context(gamma=gamma, strength=strength, generator=torch.Generator())
-        self.seen: Conflict | None = None
+        super().__init__(method, losses, per=per, gamma=gamma, strength=strength)
+        self.reduce = reduce
         self.watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         """Gets the gradients of the branches and of which loss each is, as `gram_matrices` does, before they are
         settled."""
-        for name in find(method).keeps:
-            self.register_buffer(name, torch.zeros(len(losses), len(losses), dtype=torch.float64))
-
-    @property
-    def shared(self) -> bool:
-        """Whether tokens of several ranks are judged together."""
-        return self.per in SHARED
-
-    def begin(self, draw: int, gamma: float) -> None:
-        """Before a micro-batch: what is drawn in it follows from `draw`, the same on all ranks."""
-        self.context.generator.manual_seed(draw)  # type: ignore[union-attr]
-        self.context.gamma = gamma
 
     def forward(self, x_TD: torch.Tensor, readers: Readers) -> tuple[torch.Tensor, ...]:
         """One alias of the stream a branch; a stream without gradient is handed out as it is."""
@@ -129,32 +89,13 @@ class Fork(ExactBuffers):
         gram_XLL = gram_matrices(z_TBD, loss_TB, group_T, (num_groups, len(self.losses)))
         if self.shared:
             gram_XLL = self.reduce(gram_XLL)
-        self.context.state = dict(self.named_buffers(recurse=False))
-        found = weights(gram_XLL, self.method, self.context)
-        self._see(gram_XLL, found.broken, found.refused)
+        found = self.weigh(gram_XLL)
         if z_TBD is None:
             return None
         w_TB = found.w.to(z_TBD)[group_T].gather(1, loss_TB.clamp_min(0)) * (loss_TB >= 0)
         if found.broken:
             z_TBD = z_TBD.nan_to_num(0.0, 0.0, 0.0)  # their weight is 0, which alone would leave them not a number
         return torch.einsum("tb,tbd->td", w_TB, z_TBD).to(there[0][1].dtype)
-
-    def _see(self, gram_XLL: torch.Tensor, broken: int, refused: int) -> None:
-        if self.seen is None:
-            self.seen = Conflict.none(len(self.losses), gram_XLL.device)
-        length_XL = gram_XLL.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
-        both_XLL = length_XL[:, :, None] * length_XL[:, None, :]
-        known_XLL = torch.isfinite(gram_XLL) & (both_XLL > 0.0) & (gram_XLL != 0.0)  # exactly 0: no token in common
-        cos_XLL = torch.where(known_XLL, gram_XLL / both_XLL.where(known_XLL, 1.0), 0.0)
-        self.seen.cos_LL += cos_XLL.sum(0)
-        self.seen.pairs_LL += known_XLL.sum(0)
-        self.seen.against_LL += (cos_XLL < 0.0).sum(0)
-        self.seen.counts += torch.tensor([broken, refused], device=gram_XLL.device)
-
-    def take(self) -> Conflict | None:
-        """What was seen since the last call; None where nothing came by."""
-        seen, self.seen = self.seen, None
-        return seen
 
 
 def gram_matrices(

@@ -11,7 +11,7 @@ from torch import nn
 from moemm.config.schema import ModelConfig
 from moemm.data.catalogue import TaskInfo
 from moemm.data.sample import PackedBatch
-from moemm.harmonize import Fork, LossScale, Readers
+from moemm.harmonize import Fork, LossScale, Readers, Settler
 from moemm.modalities import ModalitySpec, build_tokenizer
 from moemm.models.heads import Heads
 from moemm.models.latents import Latents
@@ -63,6 +63,8 @@ class Model(nn.Module):
         """Set after building, so that the other weights are those of a model without it."""
         self.fork: Fork | None = None
         """What settles conflicts between the losses' gradients; set after building, for training."""
+        self.settler: Settler | None = None
+        """The same for gradients of parameters; it is here so that checkpoints have its state."""
         self.scale: LossScale | None = None
         """What weighs the losses; set after building, for training."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         deepspeed = _import_deepspeed()
         self.world, self.zero_stage = world, config.deepspeed.zero_stage
+        self._utils = deepspeed.utils
         self.model = model
         self.grad_norm: float | None = None
         """Norm of the last step's gradient before clipping; NaN if the step was not applied, None where not known."""
@@ -85,6 +86,60 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss` / accumulation, averaged over ranks at the last micro-batch of a step."""
         self.deepspeed.backward(loss)
+
+    def accumulate(self, loss: torch.Tensor, *, last: bool, retain_graph: bool = False) -> None:
+        """`backward` with the end of an accumulation said by `last`, so that a step may have several of them."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss, retain_graph=retain_graph)
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether backward may be called several times after one forward pass: ZeRO-3 has no weights left then."""
+        return self.zero_stage < 3
+
+    @property
+    def shares_gradient(self) -> bool:
+        """Whether `take_gradient` gives each rank a part of its own; if not, all have the whole."""
+        return self.zero_stage > 0
+
+    def take_gradient(self) -> list[torch.Tensor]:
+        """This rank's part of each trainable parameter's gradient, averaged over ranks, flat and in fp32; and clear it.
+
+        Empty where it has no part. To be called after the last `accumulate`. The parts of all ranks are disjoint, and
+        together the whole gradient, if `shares_gradient`.
+        """
+        found = [part.detach().to(torch.float32, copy=True).flatten() for part in self._parts()]
+        self.deepspeed.optimizer.zero_grad()
+        return found
+
+    def put_gradient(self, parts: Sequence[torch.Tensor]) -> None:
+        """Make `parts`, as `take_gradient` gave them, the gradient that the next `step` applies."""
+        for parameter, part in zip(self._trainable(), parts, strict=True):
+            if self.zero_stage == 0:
+                parameter.grad = part.view_as(parameter).to(parameter.dtype)
+            elif self.zero_stage == 3:
+                self._utils.safe_set_local_grad(parameter, part)
+            elif part.numel():
+                held = self._held(parameter)
+                held.copy_(part.view_as(held))
+
+    def _trainable(self) -> list[Any]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _parts(self) -> list[torch.Tensor]:
+        if self.zero_stage == 0:
+            grads = [(parameter, parameter.grad) for parameter in self._trainable()]
+            return [torch.zeros_like(parameter) if grad is None else grad for parameter, grad in grads]
+        if self.zero_stage == 3:
+            return [self._utils.safe_get_local_grad(parameter) for parameter in self._trainable()]
+        return [self._held(parameter) for parameter in self._trainable()]
+
+    def _held(self, parameter: Any) -> torch.Tensor:
+        """Of ZeRO-1 and 2: what DeepSpeed's safe_get_full_grad gathers from each rank; nothing where it has no part."""
+        if parameter._hp_mapping is None:
+            return torch.empty(0, device=self.world.device)
+        held: torch.Tensor = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+        return held
 
     def step(self, *, lr: float) -> None:
         """End a micro-batch; after the last one of a step clip, apply AdamW at `lr`, and clear the gradients.

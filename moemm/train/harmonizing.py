@@ -1,4 +1,4 @@
-"""The fork of a run: which losses it is for, when gamma moves, and what is told of their conflicts."""
+"""What settles conflicts in a run: at the fork or the trunk, for which losses, and what is told of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moemm.config.check_objectives import is_on, label_free
 from moemm.config.schema import Config, HarmonizeConfig
 from moemm.distributed import sum_over_ranks
 from moemm.errors import ConfigError
-from moemm.harmonize import SCALES, Conflict, Fork, GradNorm, LossScale
+from moemm.harmonize import SCALES, Conflict, Fork, GradNorm, LossScale, Settler
 from moemm.models import Model
 
 DRAWS = 1 << 20
@@ -32,12 +32,12 @@ class ConflictReport:
 
 
 def build_fork(config: Config, model: Model) -> Fork | None:
-    """The fork that `harmonize` asks for; None for `method: sum`, unless the scale looks at gradients.
+    """The fork that `harmonize` asks for; None at the trunk, and for `method: sum` unless the scale looks at gradients.
 
     Raises ConfigError for an unknown method, and where no two losses read one token.
     """
     wanted = config.harmonize
-    if wanted.method == "sum" and wanted.scale != "gradnorm":
+    if wanted.at == "trunk" or (wanted.method == "sum" and wanted.scale != "gradnorm"):
         return None
     losses = [task.name for task in model.tasks] + list(model.pretext.losses if model.pretext else ())
     meet = model.heads.num_passes > 1 or bool(model.pretext and model.pretext.meet)
@@ -49,7 +49,32 @@ def build_fork(config: Config, model: Model) -> Fork | None:
             "    objectives.contrastive, or objectives.similarity beside supervised tasks or masked modelling\n"
             "  to do: set one of these up, or leave `harmonize` out"
         )
-    return Fork(wanted.method, losses, per=wanted.per, reduce=sum_over_ranks, strength=wanted.strength)
+    return Fork(wanted.method, losses, per=wanted.per or "sample", reduce=sum_over_ranks, strength=wanted.strength)
+
+
+def build_settler(config: Config, model: Model) -> Settler | None:
+    """What weighs the losses at the trunk, in the order of MicroLoss.parts_L; None where `harmonize` does not ask.
+
+    Raises ConfigError for an unknown method, and where there is one loss alone.
+    """
+    wanted = config.harmonize
+    if wanted.method == "sum" or wanted.at == "fork":
+        return None
+    losses = _losses(config, model)
+    if len(losses) < 2:
+        raise ConfigError(
+            f"harmonize.method is {wanted.method} at the trunk, but this run has one loss alone\n"
+            f"  given: {', '.join(losses)}\n"
+            "  allowed: two and more tasks or objectives without labels (the pairs of objectives.contrastive are one)\n"
+            "  to do: add one, or leave `harmonize` out; `at: fork` compares the pairs of objectives.contrastive"
+        )
+    return Settler(wanted.method, losses, strength=wanted.strength)
+
+
+def _losses(config: Config, model: Model) -> list[str]:
+    """Tasks that are learned from, then objectives without labels."""
+    tasks = [task.name for task in model.tasks] if is_on(config.objectives.supervised) else []
+    return [*tasks, *label_free(config.objectives)]
 
 
 def build_scale(config: Config, model: Model) -> LossScale | None:
@@ -60,14 +85,13 @@ def build_scale(config: Config, model: Model) -> LossScale | None:
     wanted = config.harmonize
     if wanted.scale == "none":
         return None
-    tasks = [task.name for task in model.tasks] if is_on(config.objectives.supervised) else []
-    losses = [*tasks, *label_free(config.objectives)]
+    losses = _losses(config, model)
     if len(losses) < 2:
         raise ConfigError(
             f"harmonize.scale is {wanted.scale}, but this run has one loss, whose weight is 1\n"
             f"  given: {losses[0]}\n  allowed: two and more tasks or objectives\n  to do: leave `harmonize.scale` out"
         )
-    for name in set(tasks) & set(label_free(config.objectives)):
+    for name in sorted({name for name in losses if losses.count(name) > 1}):
         raise ConfigError(
             f"harmonize.scale: the task {name} and objectives.{name} have one name, and each a weight\n"
             "  to do: give the task another name"
@@ -101,8 +125,9 @@ def draw_number(seed: int, step: int, micro: int) -> int:
     return (seed * DRAWS + step) * DRAWS + micro & (1 << 63) - 1
 
 
-def report(fork: Fork, world_size: int) -> ConflictReport | None:
-    """What the fork saw since the last call, over all ranks (all call it together); None if nothing."""
+def report(fork: Settler, world_size: int) -> ConflictReport | None:
+    """What was seen at the fork or trunk since the last call, over all ranks (all call it together); None if nothing.
+    """  # fmt: skip
     seen = fork.take() or Conflict.none(len(fork.losses), torch.device("cpu"))
     sums = sum_over_ranks(torch.cat([part.flatten().cpu() for part in (seen.cos_LL, seen.pairs_LL, seen.against_LL)]))
     broken, refused = (int(value) // (world_size if fork.shared else 1) for value in sum_over_ranks(seen.counts.cpu()))

@@ -24,7 +24,7 @@ from moemm.errors import CheckpointError, ConfigError
 from moemm.modalities import ModalitySpec, fit_modalities, specs_from_dict, specs_to_dict
 from moemm.models import Model, build_model
 from moemm.objectives import build_pretext
-from moemm.train.harmonizing import build_fork, build_scale
+from moemm.train.harmonizing import build_fork, build_scale, build_settler
 from moemm.train.init import reuse_specs
 
 CONFIG, MODALITIES, CATALOGUE, SUMMARY = "config.yaml", "modalities.json", "catalogue.json", "summary.json"
@@ -84,6 +84,7 @@ def seeded_model(setup: Setup, device: torch.device) -> Model:
         setup.config.objectives, tokenizers, model.tasks, setup.config.model.dim, seed=setup.config.train.seed
     )
     model.fork = build_fork(setup.config, model)
+    model.settler = build_settler(setup.config, model)
     model.scale = build_scale(setup.config, model)
     model.trunk.recompute = setup.config.train.activation_checkpointing
     return model.to(device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from moemm.config import Config
-from moemm.config.check_objectives import label_free
+from moemm.config.check_objectives import is_on, label_free
 from moemm.data.catalogue import Catalogue, TaskInfo
 from moemm.data.sample import PackedBatch
 from moemm.distributed import World, sum_over_ranks
@@ -30,6 +30,7 @@ class MicroLoss:
     """Losses of one micro-batch on this rank.
 
     backward: what the engine gets; averaged over ranks and micro-batches its gradient is that of the objective.
+    parts_L: what it is the sum of: the tasks', if they are learned from, those of objectives without labels, the rest.
     sums_T: per task the sum over the samples, without the task's weight. router: of the micro-batch of all ranks.
     missing: of the regression of absent modalities, sum over the samples, times its weight.
     pretext: per objective without labels (sum over the samples, number of them), without the objective's weight.
@@ -37,6 +38,7 @@ class MicroLoss:
     """
 
     backward: torch.Tensor
+    parts_L: torch.Tensor
     sums_T: torch.Tensor
     router: torch.Tensor
     missing: torch.Tensor
@@ -73,6 +75,7 @@ class Objective:
         self._by_value = scale
         self.tasks, self._world, self._allowed_LME = catalogue.tasks, world, allowed_LME
         self._config, self._total_steps = config.objectives, total_steps
+        self._supervised = is_on(config.objectives.supervised)
         self._labels = Labels(catalogue, config, world.device)
         self._router_losses, self._smoothing = config.model.router.losses, config.train.label_smoothing
         self._missing_weight = config.model.missing.weight or 1.0
@@ -97,14 +100,16 @@ class Objective:
         weights_T = self._weights_T
         if by_loss:
             weights_T = weights_T * torch.stack([by_loss.get(task.name, torch.ones_like(term)) for task in self.tasks])
-        total = self._weights["supervised"] * (weights_T * mean_T).sum()
-        for name, (loss, _) in output.pretext.items():
-            total = total + self._weights[name] * by_loss.get(name, 1.0) * loss
+        tasks_T = self._weights["supervised"] * weights_T * mean_T
+        pretext_O = [self._weights[name] * by_loss.get(name, 1.0) * loss for name, (loss, _) in output.pretext.items()]
         router = self._router(output) if output.router is not None else sums_T.new_zeros(())
         missing = sums_T.new_zeros(()) if output.missing is None else self._missing_weight * output.missing
-        backward = self._scale * (total + missing) + router + term
-        pretext = output.pretext
-        return MicroLoss(backward, sums_T.detach(), router.detach(), missing.detach(), pretext, *picked[0])
+        rest = self._scale * missing + router + term
+        if not self._supervised:
+            rest, tasks_T = rest + self._scale * tasks_T.sum(), tasks_T[:0]
+        parts_L = torch.cat([self._scale * torch.stack([*tasks_T, *pretext_O]), rest.reshape(1)])
+        sums = (sums_T.detach(), router.detach(), missing.detach(), output.pretext)
+        return MicroLoss(parts_L.sum(), parts_L, *sums, *picked[0])
 
     def _by_values(
         self, mean_T: torch.Tensor, targets: Rows, output: ModelOutput

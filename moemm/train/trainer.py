@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from moemm.checkpoint.manifest import versions
 from moemm.checkpoint.store import read_rank, write_rank
 from moemm.config import config_hash, to_dict
 from moemm.data.loader import train_loader
+from moemm.data.sample import PackedBatch
 from moemm.distributed import World, gather_objects
 from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
+from moemm.harmonize import Settler
 from moemm.modalities import prepare_functions
+from moemm.models import ModelOutput
 from moemm.observe.alarm import RoutingAlarm
 from moemm.observe.records import Metrics, RunInfo
 from moemm.train.balance import RouterBalance
@@ -33,7 +37,8 @@ from moemm.train.routing import balance_advice, few_are_wanted, routing_names
 from moemm.train.schedule import learning_rate
 from moemm.train.setup import Setup, seeded_model
 from moemm.train.signals import StopRequest
-from moemm.train.step import Objective, Window
+from moemm.train.step import MicroLoss, Objective, Window
+from moemm.train.trunk import TrunkGradients
 
 Scores = Mapping[str, Mapping[str, Any]]
 
@@ -66,7 +71,10 @@ class Trainer:
         self.engine = Engine(model, self.config, world)
         self._balance = RouterBalance(model.trunk)
         allowed_LME = model.trunk.allowed()
-        self._pretext, self._fork, self._scale = model.pretext, model.fork, model.scale
+        self._pretext, self._fork, self._settler, self._scale = model.pretext, model.fork, model.settler, model.scale
+        # Whether there is more to learn from than the losses that have a name.
+        self._rest = allowed_LME is not None or model.missing is not None or self._scale is not None
+        self._accumulation, self._asked = self.config.train.accumulation, 0
         self._objective = Objective(
             setup.catalogue, self.config, world, total_steps=setup.total_steps, allowed_LME=allowed_LME,
             scale=self._scale,
@@ -169,28 +177,65 @@ class Trainer:
         self._objective.begin(self.step)
         if self._pretext is not None:
             self._pretext.step = self.step
-        for micro in range(self.config.train.accumulation):
-            batch = next(batches).to(self.world.device)
-            if self._fork is not None:
-                self._fork.begin(draw_number(self.config.train.seed, self.step, micro), self._gamma())
-            output = self.engine(batch)
-            loss = self._objective(output, batch)
-            broken = loss.broken(self.tasks)
-            alarm, stop = self._guard.before_backward(loss.backward, flags=[int(bool(broken)), self._stop.number])
-            if alarm:
-                refuse_loss(self.step, broken, self.setup.catalogue.tasks, output, batch)
-            self.engine.backward(loss.backward)
-            self._window.add(loss, output)
+        if self._settler is not None:
+            self._settle(self._settler, [next(batches).to(self.world.device) for _ in range(self._accumulation)])
             self.engine.step(lr=lr)
-            self._balance.add(output.router)
+        else:
+            for micro in range(self._accumulation):
+                batch = next(batches).to(self.world.device)
+                if self._fork is not None:
+                    self._fork.begin(draw_number(self.config.train.seed, self.step, micro), self._gamma())
+                output, loss = self._forward(batch, again=False)
+                self._agree(loss.backward, loss, output, batch)
+                self.engine.backward(loss.backward)
+                self.engine.step(lr=lr)
         self._balance.step()
-        self.stopped_by = stop
+        self.stopped_by = self._asked
         self._norm = self.engine.grad_norm
         if self._norm is not None and not np.isfinite(self._norm):
             refuse_gradient(self.step, self._norm)
         if self._scale is not None:
             self._scale.step()
         self.step += 1
+
+    def _forward(self, batch: PackedBatch, *, again: bool) -> tuple[ModelOutput, MicroLoss]:
+        """A pass over a micro-batch, which counts unless it passes `again` in the same step."""
+        output = self.engine(batch)
+        loss = self._objective(output, batch)
+        if not again:
+            self._window.add(loss, output)
+            self._balance.add(output.router)
+        return output, loss
+
+    def _agree(self, chosen: torch.Tensor, loss: MicroLoss, output: ModelOutput, batch: PackedBatch) -> None:
+        """The ranks agree that they are about to pass backward from the same `chosen`, and that all is finite."""
+        broken = loss.broken(self.tasks)
+        alarm, self._asked = self._guard.before_backward(chosen, flags=[int(bool(broken)), self._stop.number])
+        if alarm:
+            refuse_loss(self.step, broken, self.setup.catalogue.tasks, output, batch)
+
+    def _parts(self, batch: PackedBatch, again: bool) -> Callable[[int], torch.Tensor]:
+        """See trunk.Forward."""
+        output, loss = self._forward(batch, again=again)
+        chosen_LL = torch.eye(len(loss.parts_L), device=loss.parts_L.device)
+
+        def part(number: int) -> torch.Tensor:
+            # Times 0, not left out: so every part's backward pass reaches every parameter, in the same order.
+            chosen = (loss.parts_L * chosen_LL[number]).sum()
+            self._agree(chosen, loss, output, batch)
+            return chosen
+
+        return part
+
+    def _settle(self, settler: Settler, batches: Sequence[PackedBatch]) -> None:
+        """Give the engine the gradient of a step whose conflicts are settled at the trunk."""
+        settler.begin(draw_number(self.config.train.seed, self.step, 0), self._gamma())
+        num_losses = len(settler.losses)
+        gradients = TrunkGradients.of_step(self.engine, batches, self._parts, num_losses=num_losses, rest=self._rest)
+        settled, finite = gradients.settled(settler)
+        if not finite:
+            refuse_gradient(self.step, math.nan)
+        self.engine.put_gradient(settled)
 
     def _gamma(self) -> float:
         return gamma(self.step, total=self.setup.total_steps, config=self.config.harmonize)
@@ -213,7 +258,8 @@ class Trainer:
 
     def _report(self, total: int) -> None:
         means = self._window.take()
-        conflict = None if self._fork is None else report(self._fork, self.world.size)
+        settler = self._settler or self._fork
+        conflict = None if settler is None else report(settler, self.world.size)
         now = time.perf_counter()
         window_s, self._reported = now - self._reported, now
         self.tokens, self.seconds = self.tokens + means.tokens, self.seconds + window_s

@@ -11,9 +11,10 @@ from moemm.observe.page import Cell, Section, heading, panels, table
 SHOWN = 12
 """Pairs that get a curve: those that oppose each other most often."""
 _LEAD = (
-    "Where two losses read the same tokens, at the end of the trunk: the mean cosine of their gradients, and how often "
-    "(of the samples, or of what harmonize.per names) they oppose each other. Gradients that have nothing to do with "
-    "each other are opposed half of the time. "
+    "Where two losses read the same tokens, at the end of the trunk (with harmonize.at trunk: where they share "
+    "parameters): the mean cosine of their gradients, and how often (of the samples, or of what harmonize.per names; "
+    "at the trunk, of the steps) they oppose each other. Gradients that have nothing to do with each other are opposed "
+    "half of the time. "
 )
 _WEIGHTS_LEAD = "Weights are those that harmonize.scale gives the losses of a batch; they sum to the number of losses."
 
