@@ -215,6 +215,8 @@ HARMONIZED: dict[str, dict[str, Any]] = {
     "gradvac modality": {"method": "gradvac", "per": "modality"},
     "curriculum accumulated": {"method": "curriculum", "gamma": 0.05, "gamma_start": -0.1},
     "mgda apart": {"method": "mgda", "per": "batch"},
+    "upgrad trunk": {"method": "upgrad", "at": "trunk", "scale": "uncertainty"},
+    "mgda trunk accumulated": {"method": "mgda", "at": "trunk"},
     "uncertainty": {"scale": "uncertainty"},
     "dwa": {"scale": "dwa", "scale_window": 2},
     "famo accumulated": {"scale": "famo", "scale_rate": 0.2},

@@ -22,6 +22,8 @@ HARMONIZED = [
     ("curriculum accumulated", 2),
     ("mgda apart", 0),
     ("mgda apart", 3),
+    ("upgrad trunk", 3),
+    ("mgda trunk accumulated", 2),
     *product(("uncertainty",), STAGES),
     ("dwa", 2),
     ("famo accumulated", 2),
