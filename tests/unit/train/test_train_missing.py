@@ -70,5 +70,5 @@ def test_json_is_json_and_a_folder_that_cannot_be_written_to_is_a_clean_error(
 def test_a_regression_that_is_not_finite_is_named() -> None:
     nan, fine = torch.tensor(float("nan")), torch.tensor(1.0)
     rest = {"pretext": {"masked": (fine, fine)}, "outputs": {}, "targets": {}}
-    loss = MicroLoss(backward=nan, sums_T=torch.ones(2), router=fine, missing=nan, **rest)
+    loss = MicroLoss(backward=nan, parts_L=nan[None], sums_T=torch.ones(2), router=fine, missing=nan, **rest)
     assert loss.broken(("a", "b")) == ["missing"]

@@ -24,7 +24,7 @@ from moemm.modalities import prepare_functions
 from moemm.testing.tiny import tiny_config
 from moemm.train import load_run, train
 from moemm.train.callbacks import Callback
-from moemm.train.harmonizing import draw_number, report
+from moemm.train.harmonizing import build_fork, draw_number, report
 from moemm.train.setup import prepare
 from moemm.train.signals import StopRequest
 from moemm.train.trainer import Trainer
@@ -62,9 +62,12 @@ class Run:
         self.batches = [
             pack([one[number * share + i] for one in sets for i in range(share)]) for number in range(accumulation)
         ]
-        self.trainer.engine.step = self._hand_over  # type: ignore[method-assign]
+        self.apply, self.trainer.engine.step = self.trainer.engine.step, self._hand_over  # type: ignore[method-assign]
 
     def _hand_over(self, *, lr: float) -> None:
+        if not self.trainer.engine.deepspeed.is_gradient_accumulation_boundary():
+            self.apply(lr=lr)
+            return
         self.given = torch.cat([parameter.grad.flatten() for parameter in self.parameters])
         self.model.zero_grad()
 
@@ -140,12 +143,15 @@ def test_the_update_is_that_of_explicit_gradients(runs: Any, method: str, accumu
     assert change > 1e-2, f"only {change:.1e} from the plain sum"
 
 
-def test_accumulation_does_not_change_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["trunk", "sample"])
+def test_accumulation_does_not_change_it(tmp_path: Path, way: str) -> None:
     found = []
     for accumulation in (1, 4):  # losses of a micro-batch as a whole, contrastive and the router's, are left out
         objectives = {**OBJECTIVES, "contrastive": {"weight": 0.0}}
         run = Run(tmp_path, accumulation, objectives=objectives, model={"moe": "dense"})
-        run.trainer._settler = Settler("upgrad", [name for name in LOSSES if name != "contrastive"])
+        if way == "sample":
+            run.trainer.config.harmonize.at, run.trainer._settler = "fork", None
+            run.trainer._fork = run.model.fork = build_fork(run.trainer.config, run.model)
         run.trainer._one_step(iter(run.batches))
         found.append(run.given)
         run.trainer.close()
@@ -286,9 +292,11 @@ def test_losses_may_be_scaled_too(config: Any, tmp_path: Path, scale: str) -> No
     assert found[0][0][1] != pytest.approx(found[0][-1][1], rel=1e-4), "weights must move for this to mean anything"
 
 
-def test_bf16_runs(config: Any, tmp_path: Path) -> None:
-    train(config("bf16", train={"precision": "bf16"}, deepspeed={"zero_stage": 2}, harmonize=TRUNK))
-    train(config("fp32", deepspeed={"zero_stage": 2}, harmonize=TRUNK))
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_runs(config: Any, tmp_path: Path, stage: int) -> None:
+    accumulated, zero = {"accumulation": 2}, {"zero_stage": stage}
+    train(config("bf16", train={"precision": "bf16", **accumulated}, deepspeed=zero, harmonize=TRUNK))
+    train(config("fp32", train=accumulated, deepspeed=zero, harmonize=TRUNK))
     low, full = ([line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("bf16", "fp32"))
     assert low == pytest.approx(full, rel=2e-2) and low != full
 
