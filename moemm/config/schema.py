@@ -285,6 +285,12 @@ class ContrastiveConfig(ObjectiveConfig):
     """Temperature at the start; it is learned."""
     pairs: Annotated[list[list[str]], MinLen(1)] | None = None
     """Pairs of modalities to align, such as [[image, voice]]; every pair that a sample has when not given."""
+    noisy_pairs: Literal["ignore", "estimate", "weigh"] = "weigh"
+    """Pairs of a sample that may not belong together. `estimate`: keep a running loss of every training sample's pairs,
+    and list those that look wrong (`moemm report`). `weigh`: count them less, too, where the losses fall into two
+    groups that lie clearly apart; where they do not, nothing changes. docs/harmonize.md."""
+    noisy_from: Annotated[float, Interval(ge=0.0, lt=1.0)] = 0.3
+    """Share of the steps after which `weigh` begins: before, the model cannot tell."""
 
 
 @dataclass(kw_only=True)

@@ -148,7 +148,7 @@ def _init_process_group(rank: int, size: int, timeout_s: float, device: torch.de
         _refuse_taken_port(port)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     if size == 1:  # nobody to meet: no port, so that a process started from this one may have its own
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         return
     try:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moemm.harmonize.registry import find
 from moemm.harmonize.settler import Settler
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -67,6 +68,39 @@ class Fork(Settler):
         self.watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         """Gets the gradients of the branches and of which loss each is, as `gram_matrices` does, before they are
         settled."""
+        self.judged = torch.zeros(2)
+        """Samples that were judged before the heads since the last report, and those of them that were left out."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether samples are left out before the heads, which `judge` decides."""
+        return self.per == "sample" and bool(find(self.method).drops)
+
+    def judge(
+        self, x_TD: torch.Tensor, readers: Readers, loss: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    ) -> torch.Tensor:
+        """(num_samples,) 1 for the samples whose losses agree, 0 for those to be left out; nothing reaches the trunk.
+
+        loss: from the aliases, one a branch, to the sum of the losses whose gradients are to be compared. Its heads get
+        no gradient. What then comes back through `forward` is settled without dropping anything.
+        """
+        with torch.enable_grad():
+            leaves = [x_TD.detach().requires_grad_() for _ in readers.loss_BT]
+            gradients = torch.autograd.grad(loss(leaves), leaves, allow_unused=True)
+        group_T, num_groups = readers.groups(self.per)
+        z_TBD, loss_TB, _ = _stack(gradients, readers)
+        gram_XLL = gram_matrices(z_TBD, loss_TB, group_T, (num_groups, len(self.losses)))
+        found = self.weigh(gram_XLL, find(self.method).drops)
+        keep_X = (found.w > 0.0).all(1)
+        meets_X = (gram_XLL.diagonal(dim1=1, dim2=2) > 0.0).sum(1) > 1
+        self.judged += torch.stack([meets_X.sum(), (meets_X & ~keep_X).sum()]).cpu()
+        self.context.gamma, self.told = -1.0, True
+        return keep_X.float()
+
+    def take_judged(self) -> torch.Tensor:
+        """(2,) samples that were judged since the last call, and those of them that were left out."""
+        judged, self.judged = self.judged, torch.zeros(2)
+        return judged
 
     def forward(self, x_TD: torch.Tensor, readers: Readers) -> tuple[torch.Tensor, ...]:
         """One alias of the stream a branch; a stream without gradient is handed out as it is."""
@@ -80,10 +114,8 @@ class Fork(Settler):
 
         Every rank takes part in the sum of shared Gram matrices, also one without any gradient.
         """
-        there = [(number, one) for number, one in enumerate(gradients) if one is not None]
-        loss_TB = readers.loss_BT[[number for number, _ in there]].T
         group_T, num_groups = readers.groups(self.per)
-        z_TBD = torch.stack([one.float() for _, one in there], dim=1) if there else None
+        z_TBD, loss_TB, dtype = _stack(gradients, readers)
         if self.watch is not None and z_TBD is not None:
             self.watch(z_TBD, loss_TB)
         gram_XLL = gram_matrices(z_TBD, loss_TB, group_T, (num_groups, len(self.losses)))
@@ -95,7 +127,18 @@ class Fork(Settler):
         w_TB = found.w.to(z_TBD)[group_T].gather(1, loss_TB.clamp_min(0)) * (loss_TB >= 0)
         if found.broken:
             z_TBD = z_TBD.nan_to_num(0.0, 0.0, 0.0)  # their weight is 0, which alone would leave them not a number
-        return torch.einsum("tb,tbd->td", w_TB, z_TBD).to(there[0][1].dtype)
+        return torch.einsum("tb,tbd->td", w_TB, z_TBD).to(dtype)
+
+
+def _stack(
+    gradients: Sequence[torch.Tensor | None], readers: Readers
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.dtype]:
+    """Those gradients that are there, fp32, of which loss each is, and their type."""
+    there = [(number, one) for number, one in enumerate(gradients) if one is not None]
+    loss_TB = readers.loss_BT[[number for number, _ in there]].T
+    if not there:
+        return None, loss_TB, torch.float32
+    return torch.stack([one.float() for _, one in there], dim=1), loss_TB, there[0][1].dtype
 
 
 def gram_matrices(

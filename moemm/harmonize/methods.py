@@ -35,14 +35,14 @@ def realign(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     return 1.0 - (against_XTT * (conflicts(gram_XTT, context.gamma))).sum(1)
 
 
-@register_harmonizer("curriculum")
+@register_harmonizer("curriculum", drops="curriculum")
 def curriculum(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     """Keep what has no conflict and leave the rest out, all its losses together (Wu et al. 2022)."""
     keep_X = ~conflicts(gram_XTT, context.gamma).flatten(1).any(1)
     return keep_X[:, None].to(gram_XTT.dtype).expand(gram_XTT.shape[:2]).contiguous()
 
 
-@register_harmonizer("realign_curriculum")
+@register_harmonizer("realign_curriculum", drops="curriculum")
 def realign_curriculum(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     """Leave out what conflicts by more than gamma; realign what then still conflicts (Wu et al. 2022)."""
     rest = Context(gamma=0.0, generator=context.generator)

@@ -38,26 +38,30 @@ The weights are on the scale of the sum: those of losses that do not conflict ar
 
 
 class Harmonizer(NamedTuple):
-    """A method. keeps: names of its state."""
+    """A method. keeps: names of its state. drops: the method that says what is left out before the heads, or ""."""
 
     weigh: Weigh
     keeps: tuple[str, ...] = ()
+    drops: str = ""
 
 
 HARMONIZERS: dict[str, Harmonizer] = {}
 
 
-def register_harmonizer(name: str, *, keeps: tuple[str, ...] = ()) -> Callable[[Weigh], Weigh]:
+def register_harmonizer(name: str, *, keeps: tuple[str, ...] = (), drops: str = "") -> Callable[[Weigh], Weigh]:
     """Make a function known as `harmonize.method: NAME`. A name that is taken by another function is an error.
 
     keeps: names of (T, T) tensors, zeros at the start, that `context.state` holds for it from step to step.
+    drops: the method, itself or another one, that is asked in a first pass of the losses: a sample to whose losses it
+    gives a weight of 0 is left out of them, heads included (of `objectives.contrastive`, with `per: sample`). In the
+    second pass `gamma` is -1: nothing is left to be dropped.
     """
 
     def add(weigh: Weigh) -> Weigh:
         known = HARMONIZERS.get(name)
         if known is not None and known.weigh is not weigh:
             raise ConfigError(f"harmonizer '{name}' is registered by both {known.weigh} and {weigh}")
-        HARMONIZERS[name] = Harmonizer(weigh, keeps)
+        HARMONIZERS[name] = Harmonizer(weigh, keeps, drops)
         return weigh
 
     return add

@@ -53,6 +53,8 @@ class Settler(nn.Module):
         self.method, self.losses, self.per = method, tuple(losses), per
         self.context = Context(gamma=gamma, strength=strength, generator=torch.Generator())
         self.seen: Conflict | None = None
+        self.told = False
+        """Whether the conflicts of this micro-batch are counted already."""
         self.kept = ExactBuffers()  # a module of its own: a method may call its state as it likes
         for name in find(method).keeps:
             self.kept.register_buffer(name, torch.zeros(len(losses), len(losses), dtype=torch.float64))
@@ -65,13 +67,14 @@ class Settler(nn.Module):
     def begin(self, draw: int, gamma: float) -> None:
         """Before a micro-batch or step: what is drawn in it follows from `draw`, the same on all ranks."""
         self.context.generator.manual_seed(draw)  # type: ignore[union-attr]
-        self.context.gamma = gamma
+        self.context.gamma, self.told = gamma, False
 
-    def weigh(self, gram_XLL: torch.Tensor) -> Weights:
-        """(X, L) weights; what is seen of conflicts on the way is counted."""
+    def weigh(self, gram_XLL: torch.Tensor, method: str | None = None) -> Weights:
+        """(X, L) weights by the settler's method or another; what is seen of conflicts on the way is counted."""
         self.context.state = dict(self.kept.named_buffers())
-        found = weights(gram_XLL, self.method, self.context)
-        self._see(gram_XLL, found.broken, found.refused)
+        found = weights(gram_XLL, method or self.method, self.context)
+        if not self.told:
+            self._see(gram_XLL, found.broken, found.refused)
         return found
 
     def _see(self, gram_XLL: torch.Tensor, broken: int, refused: int) -> None:

@@ -96,16 +96,26 @@ class Model(nn.Module):
         (*states, last_TD), stats = self.trunk(self.place(views.stream))
         earlier = [self.heads(views.split(x_TD)[name], first.sample_T, batch.task) for x_TD in states]
         own: torch.Tensor | Sequence[torch.Tensor]
+        keep_B = None
         if self.fork is None:
             own, others = views.split(last_TD)[name], (last_TD,)
         else:
             stream = replace(views.stream, sample_T=pretext.owners(views))
-            branches = self.fork(last_TD, _readers(stream, self._losses(pretext, views, batch)))
+            readers = _readers(stream, self._losses(pretext, views, batch))
+            if self.fork.drops and pretext.pairs_meet:
+                keep_B = self._judge(self.fork, pretext, (last_TD, readers, views))[: batch.num_samples]
+            branches = self.fork(last_TD, readers)
             own = [views.split(x_TD)[name] for x_TD in branches[: self.heads.num_passes]]
             others = branches[self.heads.num_passes :]
         last = self.heads(own, first.sample_T, batch.task)
-        sums = pretext(others, views)
+        sums = pretext(others, views, keep_B=keep_B)
         return ModelOutput(last, stats, views.stream.values_TD.shape[0], earlier, pretext=sums)
+
+    def _judge(self, fork: Fork, pretext: Pretext, known: tuple[torch.Tensor, Readers, Views]) -> torch.Tensor:
+        """Which samples' pairs agree, by a first pass of their loss alone."""
+        last_TD, readers, views = known
+        own = readers._replace(loss_BT=readers.loss_BT[self.heads.num_passes :])
+        return fork.judge(last_TD, own, lambda leaves: pretext.pairs_loss(leaves, views))
 
     def _losses(self, pretext: Pretext, views: Views, batch: PackedBatch) -> torch.Tensor:
         """(B, T) int64: of which loss, the tasks' first, is what each branch brings to the views' tokens."""

@@ -65,6 +65,8 @@ class Pretext(nn.Module, ABC):
     """Names of what it minimises, as far as gradients are told apart: each pair of a contrastive objective is one."""
     meet: bool = False
     """Whether two losses, of these or of the tasks, read one token."""
+    pairs_meet: bool = False
+    """Whether a sample can have two pairs of modalities to align."""
 
     @abstractmethod
     def views(
@@ -86,8 +88,15 @@ class Pretext(nn.Module, ABC):
         """(T,) int64 the sample of the batch that each token of the views' stream is of."""
 
     @abstractmethod
-    def forward(self, branches: Sequence[torch.Tensor], views: Views) -> Sums:
-        """The losses, from what the trunk made of the views' stream; it comes once for each branch, or once for all."""
+    def pairs_loss(self, branches: Sequence[torch.Tensor], views: Views) -> torch.Tensor:
+        """The sum of the losses of pairs alone, only to take gradients with respect to the branches."""
+
+    @abstractmethod
+    def forward(self, branches: Sequence[torch.Tensor], views: Views, *, keep_B: torch.Tensor | None = None) -> Sums:
+        """The losses, from what the trunk made of the views' stream; it comes once for each branch, or once for all.
+
+        keep_B: (B,) 1 for samples whose pairs count, 0 for those whose do not; None: all do.
+        """
 
 
 def select(stream: Stream, index_T: torch.Tensor, lengths: Sequence[int]) -> Stream:

@@ -19,6 +19,7 @@ from moemm.config.schema import ContrastiveConfig
 from moemm.distributed import gather_rows, num_ranks
 from moemm.modalities import TargetShape
 from moemm.objectives.content import mean_tokens
+from moemm.objectives.noise import PairNoise
 from moemm.objectives.registry import Objective, Scene, register_objective
 
 MAX_SCALE = 100.0
@@ -55,6 +56,8 @@ class Contrastive(Objective):
         self.project = nn.ModuleDict({name: nn.Linear(dim, dim) for name in names})
         self.pairs = pairs_of(config, names)
         self.pair_loss = PairLoss(config)
+        self.noise: PairNoise | None = None
+        """Which pairs look wrong, where that is asked for; set after building."""
 
     def forward(self, scene: Scene) -> tuple[torch.Tensor, ...]:
         """Every rank computes the loss of all samples, and takes an even share of it; the gradient is that of its own.
@@ -64,7 +67,7 @@ class Contrastive(Objective):
         present_BM = scene.content.present_BM
         own = [self._encode(scene, x["alone"]) for x in scene.aliases]
         everyone_NMD, first = gather_rows(own[0].detach())
-        present_NM, _ = gather_rows(present_BM.to(torch.uint8))
+        task_N, index_N, keep_N, present_NM = _everyone(scene)
         ranks, place_B = num_ranks(), torch.arange(first, first + len(present_BM), device=present_BM.device)
         shares = [one.detach() + ranks * (one - one.detach()) for one in own]
         # Where the pairs' gradients are to be told apart, each pair of a sample reads an alias of its own.
@@ -79,7 +82,15 @@ class Contrastive(Objective):
             )
             return everyone_NMD.index_copy(0, place_B, own_BMD)
 
-        loss, count = self._over_pairs(rows, present_NM.bool())
+        losses_NP, has_NP, reach = self._over_pairs(rows, present_NM)
+        weight_NP = has_NP * keep_N[:, None]
+        if self.noise is not None:
+            row_N = self.noise.rows(task_N, index_N)
+            if not scene.judging:
+                self.noise.see(row_N, losses_NP.detach().masked_fill(~has_NP, torch.nan))
+            weight_NP = weight_NP * self.noise.weights(row_N)
+        weight_NP = weight_NP / has_NP.sum(1, keepdim=True).clamp_min(1)
+        loss, count = (losses_NP * weight_NP).sum() + reach, weight_NP.sum()
         return loss / ranks + 0.0 * torch.stack(own).sum(), count / ranks
 
     def _encode(self, scene: Scene, x_TD: torch.Tensor) -> torch.Tensor:
@@ -95,25 +106,35 @@ class Contrastive(Objective):
 
     def _over_pairs(
         self, encoded: Callable[[int], torch.Tensor], present_NM: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum over samples of the mean over their pairs; the number of samples that have a pair to be told apart.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(N, P) loss of each pair of each sample, and bool whether it has one; 0 with a gradient to all parameters.
 
         encoded: number of a pair -> (N, M, D).
         """
-        rows, cosines = [], []
+        rows, cosines, numbers = [], [], []
         together_MM = (present_NM.float().T @ present_NM.float()).tolist()
         for number, (a, b) in enumerate(self.pairs):
             if together_MM[a][b] > 1:  # alone, a sample has nothing to be told apart from; all ranks see the same here
                 row_n, z_NMD = (present_NM[:, a] & present_NM[:, b]).nonzero().flatten(), encoded(number)
                 rows.append(row_n)
+                numbers.append(number)
                 cosines.append(z_NMD[row_n, a] @ z_NMD[row_n, b].T)
         losses, reach = self.pair_loss(cosines)
-        loss_N = present_NM.new_zeros(present_NM.shape[0], dtype=torch.float32)
-        pairs_N = torch.zeros_like(loss_N)
-        for row_n, loss_n in zip(rows, losses, strict=True):
-            loss_N = loss_N.index_add(0, row_n, loss_n)
-            pairs_N = pairs_N.index_add(0, row_n, torch.ones_like(loss_n.detach()))
-        return (loss_N / pairs_N.clamp_min(1.0)).sum() + reach, (pairs_N > 0).sum().float()
+        losses_NP = present_NM.new_zeros(present_NM.shape[0], len(self.pairs), dtype=torch.float32)
+        has_NP = torch.zeros_like(losses_NP, dtype=torch.bool)
+        for number, row_n, loss_n in zip(numbers, rows, losses, strict=True):
+            losses_NP = losses_NP.index_put((row_n, row_n.new_tensor(number)), loss_n)
+            has_NP[row_n, number] = True
+        return losses_NP, has_NP, reach
+
+
+def _everyone(scene: Scene) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the samples of all ranks: task, place in its file, whether they count, and (N, M) bool what they have."""
+    content = scene.content
+    keep_B = torch.ones_like(content.index_B) if scene.keep_B is None else scene.keep_B.long()
+    own_BX = torch.stack([content.stream.task_B, content.index_B, keep_B], dim=1)
+    rows_NX, _ = gather_rows(torch.cat([own_BX, content.present_BM.long()], dim=1))
+    return rows_NX[:, 0], rows_NX[:, 1], rows_NX[:, 2], rows_NX[:, 3:].bool()
 
 
 def pair_numbers(present_BM: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:

@@ -26,8 +26,9 @@ from moemm.models import Pretext, Sums, Views
 from moemm.models.stream import Stream
 from moemm.models.views import select
 from moemm.objectives.content import Content
-from moemm.objectives.contrastive import pair_numbers, pairs_of
+from moemm.objectives.contrastive import Contrastive, pair_numbers, pairs_of
 from moemm.objectives.masking import Mask, wanted
+from moemm.objectives.noise import PairNoise
 from moemm.objectives.registry import OBJECTIVES, Scene
 from moemm.objectives.replaced import exchange
 
@@ -37,11 +38,9 @@ ORDER = ("clean", "masked", "replaced", "empty", "alone")
 
 
 class LabelFree(Pretext):
-    """See build_pretext. shapes: modality -> what its tokens can tell; tasks: the modalities of each task."""
+    """See build_pretext. shapes: modality -> what its tokens can tell."""
 
-    def __init__(
-        self, config: ObjectivesConfig, shapes: Shapes, dim: int, *, tasks: Sequence[Sequence[str]], seed: int
-    ):
+    def __init__(self, config: ObjectivesConfig, shapes: Shapes, dim: int, *, tasks: Sequence[TaskInfo], seed: int):
         super().__init__()
         self.config, self.seed, self.modalities = config, seed, list(shapes)
         names = label_free(config)
@@ -53,7 +52,9 @@ class LabelFree(Pretext):
             read.add("empty")
         self.order = tuple(view for view in ORDER if view in read)
         self.mask = Mask(shapes, config.masked, dim) if "masked" in read else None
-        self._name_losses(tasks)
+        self._name_losses([task.modalities for task in tasks])
+        self.pair_names: tuple[str, ...] = ()
+        self._track(tasks)
 
     def _name_losses(self, tasks: Sequence[Sequence[str]]) -> None:
         """Losses, and where those of each objective begin; a pair of modalities is one where a task has both."""
@@ -72,8 +73,31 @@ class LabelFree(Pretext):
             self._most_pairs = max(sum(both <= set(task) for both, _ in named) for task in tasks)
             names += [f"contrastive {self.modalities[a]}+{self.modalities[b]}" for a, b in self._pairs]
         self.losses = tuple(names)
-        self.meet = self._most_pairs > 1 or (
+        self.pairs_meet = self._most_pairs > 1
+        self.meet = self.pairs_meet or (
             "similarity" in self.objectives and ("masked" in self.objectives or is_on(self.config.supervised))
+        )
+
+    @property
+    def noise(self) -> PairNoise | None:
+        """Which pairs of the training samples look wrong, as far as that is asked for."""
+        for objective in self.objectives.values():
+            if isinstance(objective, Contrastive):
+                return objective.noise
+        return None
+
+    def _track(self, tasks: Sequence[TaskInfo]) -> None:
+        wanted = self.config.contrastive
+        if "contrastive" not in self.objectives or wanted.noisy_pairs == "ignore":
+            return
+        contrastive = self.objectives["contrastive"]
+        assert isinstance(contrastive, Contrastive)
+        pairs = [{self.modalities[a], self.modalities[b]} for a, b in contrastive.pairs]
+        self.pair_names = tuple(f"{self.modalities[a]}+{self.modalities[b]}" for a, b in contrastive.pairs)
+        has = [task.drawn_with is None and any(both <= set(task.modalities) for both in pairs) for task in tasks]
+        sizes = [sum(task.sizes.values()) if own else 0 for task, own in zip(tasks, has, strict=True)]
+        contrastive.noise = PairNoise(
+            sizes, len(pairs), start=wanted.noisy_from if wanted.noisy_pairs == "weigh" else 1.0
         )
 
     def views(
@@ -125,18 +149,28 @@ class LabelFree(Pretext):
         parts = {name: part.sample_T // num if name == "alone" else part.sample_T for name, part in views.parts.items()}
         return views.spread(parts, other=0)
 
-    def forward(self, branches: Sequence[torch.Tensor], views: Views) -> Sums:
+    def forward(self, branches: Sequence[torch.Tensor], views: Views, *, keep_B: torch.Tensor | None = None) -> Sums:
         """Every objective, in the order of the schema."""
         content, hidden_T, exchanged_T = views.known
-        aliases = [views.split(x_TD) for x_TD in branches]
-        found, first = {}, 0
+        found = {}
         for name, objective in self.objectives.items():
-            count = self._most_pairs if name == "contrastive" else 1
-            own = aliases if len(aliases) == 1 else aliases[first : first + count]
-            first += count
-            loss, number = objective(Scene(content, views, own, hidden_T, exchanged_T))
-            found[name] = (loss, number)
+            own = self._aliases(name, branches, views)
+            found[name] = objective(Scene(content, views, own, hidden_T, exchanged_T, keep_B=keep_B))
         return found
+
+    def pairs_loss(self, branches: Sequence[torch.Tensor], views: Views) -> torch.Tensor:
+        """See Pretext."""
+        content, own = views.known[0], self._aliases("contrastive", branches, views)
+        loss: torch.Tensor = self.objectives["contrastive"](Scene(content, views, own, None, None, judging=True))[0]
+        return loss
+
+    def _aliases(self, name: str, branches: Sequence[torch.Tensor], views: Views) -> list[dict[str, torch.Tensor]]:
+        """The views of an objective's own branches, or of the only one."""
+        counts = [self._most_pairs if one == "contrastive" else 1 for one in self.objectives]
+        number = list(self.objectives).index(name)
+        first = sum(counts[:number])
+        own = branches if len(branches) == 1 else branches[first : first + counts[number]]
+        return [views.split(x_TD) for x_TD in own]
 
 
 def alone(content: Content) -> Stream:
@@ -165,7 +199,7 @@ def build_pretext(
     shapes = {name: tokenizer.target_shape for name, tokenizer in tokenizers.items()}
     _check_masked(config, shapes)
     _check_pairs(config, list(shapes), tasks)
-    return LabelFree(config, shapes, dim, tasks=[task.modalities for task in tasks], seed=seed)
+    return LabelFree(config, shapes, dim, tasks=tasks, seed=seed)
 
 
 def _check_masked(config: ObjectivesConfig, shapes: Shapes) -> None:

@@ -23,6 +23,8 @@ class Scene:
     aliases: view -> (T, D), once for each of the objective's branches. views: their streams.
     hidden_T: (T,) bool, of the view `masked`; None without it.
     exchanged_T: (T,) bool, of the view `replaced`: which tokens were exchanged; None without it.
+    keep_B: (B,) 1 for samples that count for `contrastive`, 0 for those that do not; None: all do.
+    judging: whether this pass is for the gradients of the losses alone: nothing is to be counted or remembered.
     """
 
     content: Content
@@ -30,6 +32,8 @@ class Scene:
     aliases: Sequence[Mapping[str, torch.Tensor]]
     hidden_T: torch.Tensor | None
     exchanged_T: torch.Tensor | None
+    keep_B: torch.Tensor | None = None
+    judging: bool = False
 
     @property
     def x(self) -> Mapping[str, torch.Tensor]:

@@ -17,7 +17,9 @@ class Metrics:
     missing_loss: of the regression of absent modalities, 0 without one. Tasks and objectives without a sample in the
     window are missing. routing: what the routers did; None without one. conflict: "a | b" -> (mean cosine of the
     gradients of two losses, share of the samples or groups where it is negative), where `harmonize` looks at them.
-    loss_weights: loss -> its mean weight by `harmonize.scale`, where there is one.
+    loss_weights: loss -> its mean weight by `harmonize.scale`, where there is one. dropped: share of samples that
+    `harmonize.method` left out, if it does. noisy_pairs: "a+b" -> share of the training samples whose pair of these
+    modalities looks wrong, where that is estimated.
     """
 
     step: int
@@ -36,6 +38,8 @@ class Metrics:
     routing: RouterReport | None = None
     conflict: dict[str, tuple[float, float]] = field(default_factory=dict)
     loss_weights: dict[str, float] = field(default_factory=dict)
+    dropped: float | None = None
+    noisy_pairs: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the routing, as JSON types."""

@@ -50,6 +50,8 @@ class TensorBoard:
             **{f"objective/{name}": value for name, value in metrics.objectives.items()},
             **{f"accuracy/{task}": value for task, value in metrics.accuracy.items()},
             **{f"conflict_cos/{pair}": cos for pair, (cos, _) in metrics.conflict.items()},
+            **{f"noisy_pairs/{pair}": share for pair, share in metrics.noisy_pairs.items()},
+            **({} if metrics.dropped is None else {"conflict_dropped": metrics.dropped}),
             **{f"conflict_share/{pair}": share for pair, (_, share) in metrics.conflict.items()},
             **{f"loss_weight/{name}": weight for name, weight in metrics.loss_weights.items()},
         }

@@ -23,12 +23,13 @@ class ConflictReport:
     """Of a window and all ranks. pairs: "a | b" -> (mean cosine of the gradients, share of groups where it is below 0).
 
     broken, refused: groups with a gradient that is not finite, and groups whose weights were not, so that the plain sum
-    stood in.
+    stood in. dropped: share of the samples with two pairs of modalities that were left out; None: none was judged.
     """
 
     pairs: dict[str, tuple[float, float]]
     broken: int
     refused: int
+    dropped: float | None = None
 
 
 def build_fork(config: Config, model: Model) -> Fork | None:
@@ -138,4 +139,5 @@ def report(fork: Settler, world_size: int) -> ConflictReport | None:
         for j, b in enumerate(fork.losses)
         if i < j and pairs_LL[i][j]
     }
-    return ConflictReport(pairs, broken, refused) if pairs or broken else None
+    judged, dropped = sum_over_ranks(fork.take_judged()).tolist() if isinstance(fork, Fork) else (0.0, 0.0)
+    return ConflictReport(pairs, broken, refused, dropped / judged if judged else None) if pairs or broken else None

@@ -22,7 +22,7 @@ _SHAPING = ("dim", "heads", "activation")
 """Keys of `model` without which no tensor means what it meant."""
 _WHILE_TRAINING = {"dropout", "noise"}
 """Options of a modality that change no weight's meaning."""
-_OF_THE_RUN = ("fork.", "scale.")
+_OF_THE_RUN = ("fork.", "scale.", "pretext.objectives.contrastive.noise.")
 """What a run knows of how its own losses went; of others it would be wrong."""
 _SHOWN = 6
 

@@ -19,6 +19,7 @@ from moemm.data.dataset import SplitDataset
 from moemm.data.labels import labelled_items
 from moemm.errors import MoemmError
 from moemm.evaluate import baseline
+from moemm.train.noisy import suspects
 from moemm.train.setup import SUMMARY, Setup
 from moemm.train.trainer import Scores, Trainer
 
@@ -58,6 +59,7 @@ def summarize(trainer: Trainer, scores: Mapping[str, Scores]) -> dict[str, Any]:
         "config_hash": config_hash(setup.config),
         "versions": versions(),
         "commit": source_commit(),
+        "noisy_pairs": suspects(trainer.pretext, setup.catalogue.tasks),
     }
 
 

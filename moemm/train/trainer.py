@@ -24,6 +24,7 @@ from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
 from moemm.harmonize import Settler
 from moemm.modalities import prepare_functions
 from moemm.models import ModelOutput
+from moemm.objectives import LabelFree
 from moemm.observe.alarm import RoutingAlarm
 from moemm.observe.records import Metrics, RunInfo
 from moemm.train.balance import RouterBalance
@@ -33,6 +34,7 @@ from moemm.train.guard import GradientGuard
 from moemm.train.harmonizing import ConflictReport, draw_number, gamma, report
 from moemm.train.health import refuse_gradient, refuse_loss
 from moemm.train.init import initialise
+from moemm.train.noisy import noisy_shares
 from moemm.train.routing import balance_advice, few_are_wanted, routing_names
 from moemm.train.schedule import learning_rate
 from moemm.train.setup import Setup, seeded_model
@@ -71,7 +73,8 @@ class Trainer:
         self.engine = Engine(model, self.config, world)
         self._balance = RouterBalance(model.trunk)
         allowed_LME = model.trunk.allowed()
-        self._pretext, self._fork, self._settler, self._scale = model.pretext, model.fork, model.settler, model.scale
+        self._noise = model.pretext.noise if isinstance(model.pretext, LabelFree) else None
+        self.pretext, self._fork, self._settler, self._scale = model.pretext, model.fork, model.settler, model.scale
         # Whether there is more to learn from than the losses that have a name.
         self._rest = allowed_LME is not None or model.missing is not None or self._scale is not None
         self._accumulation, self._asked = self.config.train.accumulation, 0
@@ -175,8 +178,10 @@ class Trainer:
     def _one_step(self, batches: Any) -> None:
         lr = self._learning_rate()
         self._objective.begin(self.step)
-        if self._pretext is not None:
-            self._pretext.step = self.step
+        if self.pretext is not None:
+            self.pretext.step = self.step
+        if self._noise is not None:
+            self._noise.progress = self.step / self.setup.total_steps
         if self._settler is not None:
             self._settle(self._settler, [next(batches).to(self.world.device) for _ in range(self._accumulation)])
             self.engine.step(lr=lr)
@@ -197,6 +202,8 @@ class Trainer:
         if self._scale is not None:
             self._scale.step()
         self.step += 1
+        if self._noise is not None:
+            self._noise.advance(self.step, self.setup.total_steps)
 
     def _forward(self, batch: PackedBatch, *, again: bool) -> tuple[ModelOutput, MicroLoss]:
         """A pass over a micro-batch, which counts unless it passes `again` in the same step."""
@@ -204,6 +211,8 @@ class Trainer:
         loss = self._objective(output, batch)
         if not again:
             self._window.add(loss, output)
+            if self._noise is not None:
+                self._noise.keep()
             self._balance.add(output.router)
         return output, loss
 
@@ -280,6 +289,8 @@ class Trainer:
             seconds_left=(total - self.step) * window_s / steps,
             routing=means.routing,
             conflict={} if conflict is None else conflict.pairs,
+            dropped=None if conflict is None else conflict.dropped,
+            noisy_pairs=noisy_shares(self.pretext),
             loss_weights={} if self._scale is None else self._scale.take(),
         )
         if conflict is not None:

@@ -37,6 +37,8 @@ OBJECTIVES = {
 class Leaves(nn.Module):
     """In the fork's place: each branch is a leaf of its own, so that its loss's gradient can be read off."""
 
+    drops = False
+
     def forward(self, x_TD: torch.Tensor, readers: Readers) -> tuple[torch.Tensor, ...]:
         self.x_TD, self.readers = x_TD, readers
         self.leaves = tuple(x_TD.detach().clone().requires_grad_() for _ in readers.loss_BT)
