@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Training in this process changes its environment and torch's determinism; both are put back."""
+    import torch
+
+    before, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def unchecked() -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from moemm.config.names import modality_names, unknown_modalities
 from moemm.config.problem import KeyPath, Problem
-from moemm.config.schema import Config, ObjectiveConfig, ObjectivesConfig
+from moemm.config.schema import Config, ContrastiveConfig, ObjectiveConfig, ObjectivesConfig
 from moemm.config.suggest import did_you_mean
 
 ROOT: KeyPath = ("objectives",)
@@ -55,6 +55,13 @@ def _pairs(config: Config) -> Iterator[Problem]:
             yield Problem(path=(*path, number), message="stands here twice", given=pair)
         seen.append(frozenset(pair))
         yield from _known(config, (*path, number), pair)
+
+
+def _noise(config: Config) -> Iterator[Problem]:
+    given = config.objectives.contrastive
+    if given.noisy_pairs != "weigh" and given.noisy_from != ContrastiveConfig().noisy_from:
+        message = f"has no meaning with `noisy_pairs: {given.noisy_pairs}`"
+        yield Problem(path=(*ROOT, "contrastive", "noisy_from"), message=message, given=given.noisy_from)
 
 
 def _latents(config: Config) -> Iterator[Problem]:
@@ -106,6 +113,7 @@ OBJECTIVE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _schedules,
     _masked,
     _pairs,
+    _noise,
     _latents,
     _missing,
     _replaced,

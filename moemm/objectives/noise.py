@@ -10,6 +10,7 @@ R training samples, P pairs of modalities, N samples of a micro-batch on all ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ RATE = 0.5
 """Of the running loss."""
 APART = 2.0
 """Ashman's D from which two normal distributions are clearly apart (Ashman, Bird and Zepf 1994)."""
-LEAST = 64
+LEAST = 256
 """Samples below which no mixture is fitted."""
 ROUNDS = 50
 """Of expectation and maximisation."""
@@ -134,7 +135,8 @@ def two_groups(value_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(R,) float32 the probability that each value is of the lower of two normal distributions, and Ashman's D of them.
 
     Fitted by expectation and maximisation in float64 from the quantiles .2 and .8. The probability falls with the
-    value: under the lower mean it is 1, over the upper one 0.
+    value: under the lower mean it is 1, over the upper one 0. D is 0 where one distribution explains the values as well
+    (Schwarz's criterion, BIC), as it does where they are few.
     """
     x_R = value_R.double()
     x_R = (x_R - x_R.mean()) / x_R.std().clamp_min(1e-12)
@@ -154,8 +156,13 @@ def two_groups(value_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean_2 = moments_32[1] / count_2
         variance_2 = (moments_32[2] / count_2 - mean_2.square()).clamp_min(0.0) + 1e-4
         part_2 = count_2 / count_2.sum()
+    log_2R = part_2.log()[:, None] - 0.5 * (
+        variance_2.log()[:, None] + (x_R - mean_2[:, None]) ** 2 / variance_2[:, None]
+    )
+    gain = (log_2R.logsumexp(0) + 0.5 * x_R.square()).sum()  # of the log-likelihood, over one of variance 1
+    better = 2.0 * gain > 3.0 * math.log(len(x_R))
     if bool(mean_2[0] > mean_2[1]):
         low_R, mean_2 = 1.0 - low_R, mean_2.flip(0)
     low_R = torch.where(x_R <= mean_2[0], 1.0, torch.where(x_R >= mean_2[1], 0.0, low_R))
-    apart = 2.0**0.5 * (mean_2[1] - mean_2[0]) / variance_2.sum().sqrt()
-    return low_R.float(), apart.float()
+    apart = 2.0**0.5 * (mean_2[1] - mean_2[0]).abs() / variance_2.sum().sqrt()
+    return low_R.float(), torch.where(better, apart, 0.0).float()

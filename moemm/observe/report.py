@@ -133,6 +133,8 @@ def _sections(
         found.append(part.conflict_section(history))
     if conflict is not None:
         found.append(part.pull_section(conflict))
+    if summary.get("noisy_pairs"):
+        found.append(part.noise_section(summary["noisy_pairs"]))
     if measured is not None:
         found += [part.missing_section(summary, measured), part.cost_section(measured)]
         if measured.reuse:
