@@ -172,6 +172,31 @@ def joint(folder: str, data: str, stages: list[int]) -> dict[str, Any]:
                 trainer.run()
             found[f"{case} {stage}"] = recorder.losses
             done(trainer)
+        found |= judged(Path(folder), world, data, stage)
+    return found
+
+
+def judged(folder: Path, world: World, data: str, stage: int) -> dict[str, Any]:
+    """Losses of six steps on triplets whose pairs disagree in places, and are thought wrong in others; and without."""
+    sections = {
+        "data": {"root": data, "num_workers": 0, "tasks": [{"name": "digits", "file": "digits_hard.h5"}]},
+        "objectives": {"contrastive": {"weight": 1.0, "pairs": [["image", "audio"], ["image", "pen"]]}},
+    }
+    found = {}
+    for case, harmonize in {"judged": {"method": "curriculum", "gamma": -0.05}, "unjudged": {}}.items():
+        trainer, recorder = build(
+            folder, world, name=f"{case}_{stage}_{world.size}", stage=stage, harmonize=harmonize,
+            train={"batch_size": 16}, **sections,
+        )  # fmt: skip
+        noise = trainer.pretext.noise  # type: ignore[union-attr]
+        if case == "judged":
+            noise.start = 0.0
+            rows = torch.arange(noise.right_RP.numel()).view_as(noise.right_RP)
+            noise.right_RP[:] = (rows % 7) / 7.0
+            noise.advance = lambda *_: None
+        trainer.run()
+        found[f"{case} {stage}"] = recorder.losses
+        done(trainer)
     return found
 
 

@@ -113,6 +113,13 @@ def test_samples_of_two_tasks_train_on_two_ranks_as_on_one(
         assert np.abs(one - plain)[1:].max() > 1e-4, "settling must change something to mean anything"
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_pairs_are_judged_on_two_ranks_as_on_one(joined: dict[str, np.ndarray], stage: int) -> None:
+    one, two = joined["one judged 0"], joined[f"two judged {stage}"]
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    assert np.abs(one - joined["one unjudged 0"]).max() > 1e-2, "something must be left out to mean anything"
+
+
 @pytest.fixture(scope="module")
 def pretexts(folder: Path) -> dict[str, np.ndarray]:
     alone = job("pretext", ranks=1, folder=str(folder), stages=[0])[0]
