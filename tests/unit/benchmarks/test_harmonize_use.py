@@ -1,0 +1,78 @@
+"""What the benchmark of harmonizers trains, plants, chooses and counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from benchmarks import harmonize_use as use
+from benchmarks import runs
+from moemm.config import load_config
+from moemm.train import train
+
+FILE = runs.ROOT / "data" / "quickstart" / "avclip.h5"
+
+
+def scores(**cases: list[float]) -> use.Scores:
+    """Of seeds 10 and 11, then 0, 1 ...: digit as given, motion 0.5; val as digit."""
+    seeds = [*use.CHOICE, 0, 1]
+    return {
+        case.replace("_", " "): {
+            seed: use.Score({"digit": value, "motion": 0.5}, value) for seed, value in zip(seeds, values, strict=True)
+        }
+        for case, values in cases.items()
+    }
+
+
+def test_val_of_other_seeds_chooses_and_neither_controls_nor_the_plain_sum_can_be_chosen() -> None:
+    found = scores(plain_sum=[0.9] * 4, random=[0.9] * 4, mgda=[0.6, 0.7, 0.1, 0.1], upgrad=[0.6, 0.6, 0.8, 0.8])
+    assert use.choose(found) == "mgda"
+
+
+def test_the_chosen_method_is_held_to_the_plain_sum_of_the_same_seeds() -> None:
+    found = scores(plain_sum=[0.9, 0.9, 0.2, 0.4], upgrad=[0.6, 0.6, 0.3, 0.3])
+    rows = {(row.case, row.metric): row for row in use.rows_of(use.CLEAN, found, [0, 1])}
+    mean, digit = (rows["avclip, upgrad (chosen) less plain sum", metric] for metric in ("mean of tasks", "digit"))
+    assert mean.value == pytest.approx(0.0) and mean.target == 0.0
+    assert digit.deviation == pytest.approx(0.02**0.5) and digit.target == pytest.approx(-(0.02**0.5)) and digit.ok
+    assert rows["upgrad", "avclip: gain"].value == pytest.approx(0.0)
+    assert rows["upgrad", "avclip: seeds with a gain"].value == 0.5
+    assert ("plain sum", "avclip: gain") not in rows
+
+
+def test_noise_is_planted_in_a_copy_only(tmp_path: Path) -> None:
+    before = FILE.read_bytes()
+    path = use.plant(FILE, tmp_path / "noisy.h5")
+    assert FILE.read_bytes() == before
+    with h5py.File(path) as file:
+        noise, label = file["label_noise"][:], file["label"][:]
+    assert set(noise) == set(range(use.NOISE_CLASSES))
+    assert np.mean(noise == label) == pytest.approx(1 / use.NOISE_CLASSES, abs=0.02), "it says nothing about the digit"
+
+
+@pytest.mark.parametrize("name", use.SETTINGS)
+def test_every_case_is_a_configuration_that_is_allowed(name: str, tmp_path: Path) -> None:
+    noisy = use.SETTINGS[name].noisy
+    for case in use.SETTINGS[name].cases:
+        tasks = [next(iter(use.PROBES))] if case == use.ALONE else list(use.PROBES)
+        values = use.recipe(case, tasks=tasks, noisy=noisy, file=FILE, seed=3, output=tmp_path)
+        config = load_config(runs.write_config(tmp_path / "one.yaml", values)).config
+        assert [task.name for task in config.data.tasks] == [*tasks, *([use.NOISE] if noisy else [])]
+        assert config.train.lr == pytest.approx(use.LR * use.RATES.get(case, 1.0)) and config.train.seed == 3
+
+
+def test_a_run_in_a_process_with_others_is_that_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(use, "EPOCHS", 0.1)
+    one = use.run(use.NOISE, use.UPGRAD, tasks=list(use.PROBES), seed=0, folder=tmp_path)
+    use.run(use.NOISE, "mgda", tasks=list(use.PROBES), seed=1, folder=tmp_path)
+    file = tmp_path / "noisy.h5"
+    values = use.recipe(use.UPGRAD, tasks=list(use.PROBES), noisy=True, file=file, seed=0, output=tmp_path / "again")
+    train(load_config(runs.write_config(tmp_path / "again.yaml", values)))
+    again = json.loads((tmp_path / "again" / "summary.json").read_text(encoding="utf-8"))
+    assert again["tasks"] == one["tasks"]
+    rows = list(use.conflicts(use.NOISE, [0], tmp_path))
+    assert {row.case for row in rows} >= {"noise, digit | noise, upgrad", "noise, digit | motion, upgrad"}
