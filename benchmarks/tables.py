@@ -93,7 +93,7 @@ def markdown(result: dict[str, Any]) -> str:
     rows = listed(result)
     if rows:
         lines += ["| " + " | ".join(HEADER) + " |", "| --- | --- | --: | --: | --- |"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+        lines += ["| " + " | ".join(text.replace("|", "\\|") for text in cells(row)) + " |" for row in rows]
     place = result["machine"]
     source = f"`{result['command']}`, {place['cores']} cores of {place['cpu']}"
     if place["gpu"]:
