@@ -127,7 +127,7 @@ def triplets(folder: Path, setting: Setting, seed: int) -> np.ndarray:
     wrong = np.zeros(len(items), bool)
     train_items = np.nonzero(split == 0)[0]
     for _ in range(setting.copies):
-        spoken = _partners(train_items, digit, draw) if setting.copies > 1 else train_items
+        spoken = _partners(train_items, digit, draw) if setting.copies > 1 else train_items.copy()
         told = train_items.copy()
         bad = draw.permutation(len(train_items))[: round(setting.share * len(train_items))]
         key = digit * 6 + motion
