@@ -92,7 +92,6 @@ TARGETS = {0.5: 6.0, 0.0: -1.5}
 """Points of recall over the plain sum that the default is to bring, by share of wrong pairs."""
 
 
-@register_harmonizer("random_drop", drops="random_drop")
 def random_drop(gram_XTT: torch.Tensor, context: Context) -> torch.Tensor:
     """As many of a batch's samples as `curriculum` would leave out, but others."""
     keep_XT = curriculum(gram_XTT, context)
@@ -266,6 +265,8 @@ def one_run(job: tuple[Setting, str, int, Path]) -> dict[str, float]:
         known: dict[str, float] = json.loads(done.read_text(encoding="utf-8"))
         return known
     torch.set_num_threads(1)
+    # Here and not above: who only imports this file is to have no method more.
+    register_harmonizer("random_drop", drops="random_drop")(random_drop)
     ORACLE_PAIRS = setting.wrong
     began, options = time.perf_counter(), WAYS[way]
     with tempfile.TemporaryDirectory() as temporary, open(os.devnull, "w") as nothing:
