@@ -175,17 +175,17 @@ def recipe(folder: Path, setting: Setting, way: dict[str, Any], seed: int) -> Pa
 
 
 @contextmanager
-def patched(patch: str | None, wrong: np.ndarray, seed: int) -> Iterator[None]:
+def patched(patch: str | None, wrong: np.ndarray, seed: int, modalities: tuple[str, ...] = ("text",)) -> Iterator[None]:
     """PairNoise with weights that know the planted pairs, or with the estimated ones dealt out at random."""
     estimated, draw = PairNoise.weights, torch.Generator().manual_seed(seed)
     right_R = torch.from_numpy(~wrong).float()
 
     def oracle(self: PairNoise, row_N: torch.Tensor) -> torch.Tensor:
         both = self.right_RP.new_ones(len(row_N), self.right_RP.shape[1])
-        if "audio" not in ORACLE_PAIRS:
-            both[:, 1] = right_R[row_N]
-            return both
-        return right_R[row_N][:, None].expand_as(both)
+        for number, pair in enumerate(PAIRS):
+            if set(pair) & set(modalities):
+                both[:, number] = right_R[row_N]
+        return both
 
     def shuffled(self: PairNoise, row_N: torch.Tensor) -> torch.Tensor:
         return estimated(self, row_N)[torch.randperm(len(row_N), generator=draw)]
@@ -196,10 +196,6 @@ def patched(patch: str | None, wrong: np.ndarray, seed: int) -> Iterator[None]:
         yield
     finally:
         PairNoise.weights = estimated  # type: ignore[method-assign]
-
-
-ORACLE_PAIRS: tuple[str, ...] = ("text",)
-"""The modalities that are planted wrong in the setting at hand."""
 
 
 def encode(folder: Path, split: str) -> tuple[torch.Tensor, np.ndarray]:
@@ -258,7 +254,6 @@ def area(score_N: np.ndarray, positive_N: np.ndarray) -> float:
 
 def one_run(job: tuple[Setting, str, int, Path]) -> dict[str, float]:
     """The scores of one run, in a process of its own; those of a run that is done are read from the folder."""
-    global ORACLE_PAIRS
     setting, way, seed, results = job
     done = results / f"{setting.name}-{way}-{seed}.json".replace(" ", "_")
     if done.exists():
@@ -267,13 +262,12 @@ def one_run(job: tuple[Setting, str, int, Path]) -> dict[str, float]:
     torch.set_num_threads(1)
     # Here and not above: who only imports this file is to have no method more.
     register_harmonizer("random_drop", drops="random_drop")(random_drop)
-    ORACLE_PAIRS = setting.wrong
     began, options = time.perf_counter(), WAYS[way]
     with tempfile.TemporaryDirectory() as temporary, open(os.devnull, "w") as nothing:
         folder = Path(temporary)
         wrong = triplets(folder, setting, 1000 + seed)
         loaded = load_config(recipe(folder, setting, options, seed))
-        with patched(options.get("patch"), wrong, seed), _quiet(nothing):
+        with patched(options.get("patch"), wrong, seed, setting.wrong), _quiet(nothing):
             train(loaded)
         found = scores(folder)
         if options == {"noisy_pairs": "weigh"} and setting.share:

@@ -93,7 +93,8 @@ class Fork(Settler):
         found = self.weigh(gram_XLL, find(self.method).drops)
         keep_X = (found.w > 0.0).all(1)
         meets_X = (gram_XLL.diagonal(dim1=1, dim2=2) > 0.0).sum(1) > 1
-        self.judged += torch.stack([meets_X.sum(), (meets_X & ~keep_X).sum()]).cpu()
+        counts = torch.stack([meets_X.sum(), (meets_X & ~keep_X).sum()])
+        self.judged = self.judged.to(counts.device) + counts  # on the device: nothing waits for it
         self.context.gamma, self.told = -1.0, True
         return keep_X.float()
 

@@ -112,7 +112,8 @@ class PairNoise(ExactBuffers):
     def shares(self) -> list[float]:
         """Of each pair, the share of the samples seen that are more likely wrong than right."""
         wrong_P = ((self.right_RP < 0.5) & self.seen_RP).sum(0) / self.seen_RP.sum(0).clamp_min(1)
-        return [float(share) for share in wrong_P.tolist()]
+        shares: list[float] = wrong_P.tolist()
+        return shares
 
     def suspects(self, pair: int, *, most: int) -> Suspects:
         """The samples with the highest running losses of a pair."""

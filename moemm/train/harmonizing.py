@@ -139,5 +139,5 @@ def report(fork: Settler, world_size: int) -> ConflictReport | None:
         for j, b in enumerate(fork.losses)
         if i < j and pairs_LL[i][j]
     }
-    judged, dropped = sum_over_ranks(fork.take_judged()).tolist() if isinstance(fork, Fork) else (0.0, 0.0)
+    judged, dropped = sum_over_ranks(fork.take_judged().cpu()).tolist() if isinstance(fork, Fork) else (0.0, 0.0)
     return ConflictReport(pairs, broken, refused, dropped / judged if judged else None) if pairs or broken else None

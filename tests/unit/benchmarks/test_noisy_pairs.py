@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import noisy_pairs
 from benchmarks.noisy_pairs import DIGITS, MOTIONS, Setting, area, patched, random_drop, triplets
 from moemm.data.file import DataFile
 from moemm.harmonize import Context
@@ -60,4 +59,6 @@ def test_patches_are_taken_back() -> None:
     with patched("shuffled", wrong, 0):
         dealt = noise.weights(row_N)[:, 1]
         assert sorted(dealt.tolist()) == sorted(noise.right_RP[:, 1].tolist())
-    assert PairNoise.weights is plain and noisy_pairs.ORACLE_PAIRS == ("text",)
+    with patched("oracle", wrong, 0, ("text", "audio")):
+        assert noise.weights(row_N).tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    assert PairNoise.weights is plain
