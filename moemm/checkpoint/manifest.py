@@ -19,6 +19,8 @@ from moemm.errors import CheckpointError
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
+ENGINE = "engine"
+"""Folder of what DeepSpeed writes."""
 _SEAL = "sha256"
 _PACKAGES = ("moemm", "torch", "deepspeed", "numpy")
 
@@ -41,6 +43,11 @@ class Manifest:
     expert_map: dict[str, Any] | None
     files: dict[str, dict[str, Any]]
     format: int = FORMAT
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether it has no state of an optimizer: any number of ranks and any ZeRO stage can go on from it."""
+        return not any(name.startswith(f"{ENGINE}/") for name in self.files)
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`, as the last file. Raises OSError."""

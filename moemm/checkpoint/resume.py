@@ -75,6 +75,8 @@ def check_compatible(manifest: Manifest, config: Config, *, world_size: int) -> 
             f"The configuration differs from that of {where} in what its weights mean:{shown}{more}\n"
             "Give the old values to resume, or train anew in another folder (--train.output NAME)."
         )
+    if manifest.weights_only:
+        return
     stage = config.deepspeed.zero_stage
     if manifest.world_size != world_size:
         raise CheckpointError(

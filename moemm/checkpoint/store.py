@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moemm.checkpoint import random_state
+from moemm.checkpoint.manifest import ENGINE
 from moemm.distributed import World, gather_objects
 from moemm.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
-_ENGINE = "engine"
 
 
 def write_rank(engine: Any, folder: Path, world: World) -> Sequence[Path]:
@@ -49,7 +49,7 @@ def _save_engine(engine: Any, folder: Path, writer: _Writer) -> None:
     # Rank 0 alone would copy two scripts here, which may fail, before a barrier; model.safetensors makes them needless.
     engine._copy_recovery_script = lambda _: None
     try:
-        engine.save_checkpoint(str(folder), tag=_ENGINE, save_latest=False)
+        engine.save_checkpoint(str(folder), tag=ENGINE, save_latest=False)
     finally:
         engine.checkpoint_engine = previous
 
@@ -148,7 +148,7 @@ def read_rank(engine: Any, folder: Path, world: World) -> None:
     """
     problem = None
     try:
-        if engine.load_checkpoint(str(folder), tag=_ENGINE)[0] is None:
+        if engine.load_checkpoint(str(folder), tag=ENGINE)[0] is None:
             problem = "DeepSpeed found no state for this rank"
         random_state.restore(load_file(folder / f"random_{world.rank:05d}.safetensors"))
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moemm.checkpoint import check_compatible, find_newest, newest_complete
+from moemm.checkpoint import Found, check_compatible, find_newest, newest_complete
 from moemm.checkpoint.store import load_weights
 from moemm.config import Config, LoadedConfig, load_config
 from moemm.data.build import build_catalogue
@@ -68,10 +68,11 @@ def _train(
     callbacks: list[Callback] = [
         ConsoleCallback(), JsonLinesCallback(), TensorBoardCallback(), *extra, CheckpointingCallback(every=every)
     ]  # fmt: skip
-    trainer = Trainer(setup, world, callbacks, stop, resuming=going_on)
+    found = _find(setup, world) if going_on else None
+    trainer = Trainer(setup, world, callbacks, stop, start=found)
     try:
-        if going_on:
-            _restore(trainer)
+        if found is not None:
+            _restore(trainer, found)
         elif wanted:
             trainer.tell(f"nothing to resume in {setup.folder}: training from the start")
         if not trainer.run():
@@ -83,13 +84,18 @@ def _train(
         trainer.close()
 
 
-def _restore(trainer: Trainer) -> None:
-    setup, world = trainer.setup, trainer.world
-    found = find_newest(
+def _find(setup: Setup, world: World) -> Found:
+    return find_newest(
         setup.checkpoints, check=lambda manifest: check_compatible(manifest, setup.config, world_size=world.size)
     )
+
+
+def _restore(trainer: Trainer, found: Found) -> None:
     for name, reason in found.skipped:
         trainer.tell(f"skipped {name}: {reason}")
+    if found.manifest.weights_only:
+        trainer.tell(f"began with the weights of {found.folder}")
+        return
     trainer.restore(found.folder, found.manifest.step)
     trainer.tell(f"resumed from {found.folder} (step {found.manifest.step})")
 

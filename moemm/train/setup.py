@@ -63,7 +63,7 @@ def prepare(loaded: LoadedConfig, *, resume: bool) -> tuple[Setup, bool]:
         check_catalogue(stored, catalogue)
     else:
         specs = broadcast_object(_fit(config, catalogue))
-        on_main(lambda: _store(loaded, folder, catalogue, specs))
+        on_main(lambda: store_run(loaded, folder, catalogue, specs))
     return Setup(config, catalogue, specs, folder, total_steps(config, catalogue)), going_on
 
 
@@ -136,7 +136,8 @@ def train_values(catalogue: Catalogue, modality: str) -> Iterator[Value]:
                 yield value
 
 
-def _store(loaded: LoadedConfig, folder: Path, catalogue: Catalogue, specs: Mapping[str, ModalitySpec]) -> None:
+def store_run(loaded: LoadedConfig, folder: Path, catalogue: Catalogue, specs: Mapping[str, ModalitySpec]) -> None:
+    """Make the run folder, and write into it what a run is before its first step. Raises ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _STALE:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moemm.checkpoint import Manifest, commit, random_state
+from moemm.checkpoint import Found, Manifest, commit, random_state
 from moemm.checkpoint.manifest import versions
-from moemm.checkpoint.store import read_rank, write_rank
+from moemm.checkpoint.store import load_weights, read_rank, write_rank
 from moemm.config import config_hash, to_dict
 from moemm.data.loader import train_loader
 from moemm.data.sample import PackedBatch
@@ -53,8 +53,15 @@ class Trainer:
     """
 
     def __init__(
-        self, setup: Setup, world: World, callbacks: list[Callback], stop: StopRequest, *, resuming: bool = False
+        self,
+        setup: Setup,
+        world: World,
+        callbacks: list[Callback],
+        stop: StopRequest,
+        *,
+        start: Found | None = None,
     ) -> None:
+        """start: the checkpoint that is gone on from; its weights, if it has no more, are taken here."""
         self.setup, self.config, self.world = setup, setup.config, world
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped_by = 0
@@ -63,8 +70,10 @@ class Trainer:
         self._callbacks = [callback for callback in callbacks if world.is_main or callback.every_rank]
         seed_everything(self.config.train.seed, deterministic=self.config.train.deterministic)
         model = seeded_model(setup, world.device)
-        if not resuming and self.config.train.init is not None:
+        if start is None and self.config.train.init is not None:
             self.tell(initialise(model, self.config.train.init))
+        elif start is not None and start.manifest.weights_only:
+            load_weights(model, start.folder)
         self.tasks = tuple(task.name for task in setup.catalogue.tasks)
         self.num_parameters = model.num_parameters()
         self._expert_map = model.map if self.config.model.moe == "sparse" else None

@@ -27,12 +27,12 @@ ALLOWED = {
     "modalities": "config ops data",
     "models": "config ops data moe modalities harmonize",
     "objectives": "config ops data moe modalities harmonize models distributed",
-    "growth": "config ops data moe modalities harmonize models objectives checkpoint",
     "evaluate": "config ops data moe modalities models objectives",
     "observe": "config ops data moe modalities models objectives evaluate distributed checkpoint",
     "analyze": "config ops data moe modalities harmonize models objectives evaluate checkpoint",
-    "train": "config ops data moe modalities harmonize models objectives growth evaluate observe distributed "
-    "checkpoint",
+    "train": "config ops data moe modalities harmonize models objectives evaluate observe distributed checkpoint",
+    "growth": "config ops data moe modalities harmonize models objectives evaluate observe distributed checkpoint "
+    "analyze train",
 }
 # The command line and the public names may import everything but the test helpers, and testing everything.
 EVERYTHING = {"cli", "__init__", "__main__", "testing"}

@@ -1,0 +1,93 @@
+"""Reading the run that is to grow, and writing the one that has grown: a run folder with weights and no optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from moemm.checkpoint import Manifest, commit, newest_complete
+from moemm.checkpoint.manifest import versions
+from moemm.checkpoint.store import WEIGHTS, read_weights
+from moemm.config import Config, LoadedConfig, config_hash, to_dict
+from moemm.data.catalogue import Catalogue
+from moemm.distributed import World
+from moemm.errors import ConfigError
+from moemm.growth.receipt import FILE_NAME, Receipt, Size, weights_hash
+from moemm.modalities import ModalitySpec
+from moemm.models import Model
+from moemm.train import Run, load_run
+from moemm.train.setup import CHECKPOINTS, CONFIG, SUMMARY, Setup, seeded_model, store_run
+
+Specs = Mapping[str, ModalitySpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A trained run and its weights by name, as the newest complete checkpoint has them."""
+
+    run: Run
+    weights: dict[str, torch.Tensor]
+
+    def as_source(self) -> dict[str, object]:
+        """What a receipt says of it."""
+        return {"folder": str(self.run.folder), "step": self.run.step, "sha256": weights_hash(self.weights)}
+
+
+def read_base(path: Path | str) -> Base:
+    """Load the run that is to grow, with its data. Raises CheckpointError and DataError as `load_run`."""
+    run = load_run(path)
+    return Base(run, read_weights(newest_complete(run.folder / CHECKPOINTS).folder))
+
+
+def fresh_model(config: Config, catalogue: Catalogue, specs: Specs) -> Model:
+    """The model of a configuration on the CPU, with the weights that `train.seed` draws; torch's own draws go on as if
+    nothing had been drawn. Raises ConfigError.
+    """  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        return seeded_model(Setup(config, catalogue, dict(specs), Path(), 0), torch.device("cpu"))
+
+
+def size_of(model: Model) -> Size:
+    """All and active parameters."""
+    total, active = model.num_parameters()
+    return Size(total=total, active=active)
+
+
+def check_target(folder: Path) -> None:
+    """Refuse to write over a run. Raises ConfigError."""
+    if any((folder / name).exists() for name in (CHECKPOINTS, CONFIG, SUMMARY, FILE_NAME)):
+        raise ConfigError(f"--output {folder} already holds a run; give another folder, or delete that one")
+
+
+def write_grown(loaded: LoadedConfig, catalogue: Catalogue, specs: Specs, model: Model, receipt: Receipt) -> Path:
+    """Write the run folder `train.output` of a grown model: config, specs, catalogue, checkpoint of step 0, receipt.
+
+    loaded: its configuration; `path` is what a relative `data.root` starts at. It is then a run like any other:
+    `moemm evaluate` scores it, and `moemm train FOLDER/config.yaml --resume` trains it, on any number of ranks.
+    Returns the folder. Raises ConfigError where it holds a run or cannot be written, CheckpointError.
+    """
+    config = loaded.config
+    folder = Path(config.train.output)
+    check_target(folder)
+    store_run(loaded, folder, catalogue, specs)
+    weights = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+
+    def write(target: Path) -> list[Path]:
+        save_file(weights, target / WEIGHTS)
+        return [target / WEIGHTS]
+
+    def describe(files: dict[str, dict[str, object]]) -> Manifest:
+        sparse = config.model.moe == "sparse"
+        return Manifest(
+            step=0, world_size=1, zero_stage=config.deepspeed.zero_stage, config=to_dict(config),
+            config_hash=config_hash(config), versions=versions(), sampler={"step": 0},
+            expert_map=model.map.to_dict() if sparse else None, files=files,
+        )  # fmt: skip
+
+    commit(folder / CHECKPOINTS, step=0, write=write, describe=describe, world=World(), keep=1)
+    receipt.write(folder)
+    return folder
