@@ -13,10 +13,12 @@ from moemm.config.schema import Config
 from moemm.distributed import on_main
 from moemm.errors import CheckpointError
 
-_FIXED = ("model.", "modalities.", "objectives.", "data.tasks.", "train.precision", "harmonize.scale")
-"""Sections that decide shapes and meaning of the weights: they may not change between save and resume."""
+_FIXED = ("model.", "modalities.", "objectives.", "data.tasks.", "train.precision", "train.only", "harmonize.scale")
+"""What decides shapes and meaning of the weights and of the optimizer's states: it may not change until a resume."""
 _FREE = ("model.experts.backend",)
 """Keys below those that change no meaning: they choose who computes the same."""
+_OF_OPTIMIZER = ("train.only",)
+"""Keys that may change where a checkpoint has weights alone."""
 _SHOWN = 8
 
 
@@ -66,7 +68,8 @@ def check_compatible(manifest: Manifest, config: Config, *, world_size: int) -> 
     Raises CheckpointError that names the keys that changed, with both values.
     """
     changed = changed_keys(manifest.config, to_dict(config))
-    fixed = [line for key, line in changed.items() if key.startswith(_FIXED) and key not in _FREE]
+    free = (*_FREE, *_OF_OPTIMIZER) if manifest.weights_only else _FREE
+    fixed = [line for key, line in changed.items() if key.startswith(_FIXED) and key not in free]
     where = f"the checkpoint of step {manifest.step}"
     if fixed:
         shown = "".join(f"\n  {line}" for line in fixed[:_SHOWN])

@@ -8,7 +8,7 @@ step_000020/manifest.json
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ from moemm.errors import CheckpointError
 WEIGHTS = "model.safetensors"
 
 
-def write_rank(engine: Any, folder: Path, world: World) -> Sequence[Path]:
+def write_rank(
+    engine: Any, folder: Path, world: World, *, kept: Mapping[str, torch.Tensor] | None = None
+) -> Sequence[Path]:
     """Write this rank's files of a DeepSpeed engine into `folder`; all ranks call it together.
 
+    kept: weights that are written in place of the engine's, which rounded them and does not train them.
     Returns the paths. Raises OSError on the rank that could not write, after all ranks are through their collectives.
     """
     writer = _Writer()
-    weights = full_weights(engine.module, world, master=engine.bfloat16_enabled())
+    weights = full_weights(engine.module, world, master=engine.bfloat16_enabled()) | {**(kept or {})}
     _save_engine(engine, folder, writer)
     path = folder / f"random_{world.rank:05d}.safetensors"
     writer.attempt(path, lambda: save_file(random_state.capture(), path))

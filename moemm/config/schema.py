@@ -380,6 +380,9 @@ class TrainConfig:
     """Folder of the run: config, vocabularies, metrics, checkpoints. Relative to the working directory."""
     init: Annotated[str, MinLen(1)] | None = None
     """Run folder, or one of its checkpoints, whose weights are the start: those that fit by name and shape."""
+    only: Annotated[list[Annotated[str, MinLen(1)]], MinLen(1)] | None = None
+    """Names of the tensors to train, as in a checkpoint's model.safetensors, with * for any characters; all others, and
+    states that have no gradient, keep their bits. All when not given."""
     epochs: Positive | None = None
     """Passes over the mixture (one epoch: as many samples as the train splits hold together)."""
     steps: Count | None = None

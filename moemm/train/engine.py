@@ -54,6 +54,17 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
+def _wants_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs of a ZeRO-3 leaf module, the first of which has a gradient.
+
+    DeepSpeed reduces the gradients of a leaf, and lets go of its weights, when those of its inputs are there. Where all
+    before it is frozen no input would have one, and torch calls that hook at once, before the leaf's backward pass.
+    """
+    if not torch.is_grad_enabled() or inputs[0].requires_grad:
+        return inputs
+    return inputs[0].detach().requires_grad_(), *inputs[1:]
+
+
 class Engine:
     """The DeepSpeed engine with the few calls that training needs.
 
@@ -67,6 +78,14 @@ class Engine:
         self.model = model
         self.grad_norm: float | None = None
         """Norm of the last step's gradient before clipping; NaN if the step was not applied, None where not known."""
+        rounded = config.train.precision == "bf16" and world.is_main
+        frozen = {name: one for name, one in model.named_parameters() if rounded and not one.requires_grad}
+        self.kept = {name: one.detach().cpu().clone() for name, one in frozen.items()}
+        """On rank 0 the frozen parameters before they are rounded to bf16: the optimizer has no fp32 copy of them."""
+        if self.zero_stage == 3:
+            for module in model.modules():
+                if getattr(module, "_z3_leaf", False):
+                    module.register_forward_pre_hook(_wants_gradient)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, weight_decay=config.train.weight_decay),
             lr=config.train.lr,

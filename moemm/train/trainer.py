@@ -15,7 +15,7 @@ import torch
 
 from moemm.checkpoint import Found, Manifest, commit, random_state
 from moemm.checkpoint.manifest import versions
-from moemm.checkpoint.store import load_weights, read_rank, write_rank
+from moemm.checkpoint.store import load_weights, read_rank, read_weights, write_rank
 from moemm.config import config_hash, to_dict
 from moemm.data.loader import train_loader
 from moemm.data.sample import PackedBatch
@@ -35,6 +35,7 @@ from moemm.train.harmonizing import ConflictReport, draw_number, gamma, report
 from moemm.train.health import refuse_gradient, refuse_loss
 from moemm.train.init import initialise
 from moemm.train.noisy import noisy_shares
+from moemm.train.only import FrozenState, count_trained, freeze
 from moemm.train.routing import balance_advice, few_are_wanted, routing_names
 from moemm.train.schedule import learning_rate
 from moemm.train.setup import Setup, seeded_model
@@ -74,6 +75,7 @@ class Trainer:
             self.tell(initialise(model, self.config.train.init))
         elif start is not None and start.manifest.weights_only:
             load_weights(model, start.folder)
+        freeze(model, self.config.train.only)
         self.tasks = tuple(task.name for task in setup.catalogue.tasks)
         self.num_parameters = model.num_parameters()
         self._expert_map = model.map if self.config.model.moe == "sparse" else None
@@ -105,6 +107,9 @@ class Trainer:
     def restore(self, folder: Path, step: int) -> None:
         """Go on from a verified checkpoint. Raises CheckpointError."""
         read_rank(self.engine.deepspeed, folder, self.world)
+        if self.engine.kept:
+            stored = read_weights(folder)
+            self.engine.kept = {name: stored[name] for name in self.engine.kept}
         self.step = step
 
     def save(self) -> Path:
@@ -112,7 +117,7 @@ class Trainer:
         return commit(
             self.setup.checkpoints,
             step=self.step,
-            write=lambda folder: write_rank(self.engine.deepspeed, folder, self.world),
+            write=lambda folder: write_rank(self.engine.deepspeed, folder, self.world, kept=self.engine.kept),
             describe=self._manifest,
             world=self.world,
             keep=self.config.train.checkpoint.keep,
@@ -150,6 +155,7 @@ class Trainer:
             )
             batches = iter(loader)
         self.engine.model.train()
+        self._frozen = FrozenState(self.engine.model, self.config.train.only)
         try:
             self._began = self._reported = time.perf_counter()
             self._reported_step = self.step
@@ -173,7 +179,7 @@ class Trainer:
                 "run": f"{self.config.name} -> {self.setup.folder}",
                 "data": f"{len(self.tasks)} tasks, {len(catalogue.modalities)} modalities, "
                 f"{sum(catalogue.tasks[first].sizes['train'] for first, *_ in catalogue.groups):,} training samples",
-                "model": f"{total:,} parameters, {active:,} active a token",
+                "model": f"{total:,} parameters, {active:,} active a token{self._trained()}",
                 "engine": f"{self.world.size} rank(s) on {self.world.device.type}, ZeRO {self.engine.zero_stage}, "
                 f"{self.config.train.precision}",
             },
@@ -183,6 +189,11 @@ class Trainer:
             callback.on_start(info)
         self._started = True
         self._tell_all()
+
+    def _trained(self) -> str:
+        if self.config.train.only is None:
+            return ""
+        return f"; {count_trained(self.engine.model):,} trained, as train.only says"
 
     def _one_step(self, batches: Any) -> None:
         lr = self._learning_rate()
@@ -213,6 +224,7 @@ class Trainer:
         self.step += 1
         if self._noise is not None:
             self._noise.advance(self.step, self.setup.total_steps)
+        self._frozen.restore()
 
     def _forward(self, batch: PackedBatch, *, again: bool) -> tuple[ModelOutput, MicroLoss]:
         """A pass over a micro-batch, which counts unless it passes `again` in the same step."""
