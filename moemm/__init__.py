@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from moemm.errors import MoemmError as MoemmError
     from moemm.evaluate import evaluate_run as evaluate_run
     from moemm.harmonize import register_harmonizer as register_harmonizer
+    from moemm.modalities import register_modality as register_modality
     from moemm.models import build_model as build_model
+    from moemm.moe import register_router as register_router
+    from moemm.objectives import register_objective as register_objective
     from moemm.ops import backend_info as backend_info
+    from moemm.plugins import load_plugin as load_plugin
     from moemm.train import load_run as load_run
     from moemm.train import train as train_run  # noqa: F401
 
@@ -34,8 +38,12 @@ _PUBLIC = {
     "build_model": ("moemm.models", "build_model"),
     "evaluate_run": ("moemm.evaluate", "evaluate_run"),
     "load_config": ("moemm.config", "load_config"),
+    "load_plugin": ("moemm.plugins", "load_plugin"),
     "load_run": ("moemm.train", "load_run"),
     "register_harmonizer": ("moemm.harmonize", "register_harmonizer"),
+    "register_modality": ("moemm.modalities", "register_modality"),
+    "register_objective": ("moemm.objectives", "register_objective"),
+    "register_router": ("moemm.moe", "register_router"),
     "train_run": ("moemm.train", "train"),  # not "train": that is the subpackage
     "validate_file": ("moemm.data", "validate_file"),
     "write_file": ("moemm.data", "write_file"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from moemm.cli.output import show, show_json
+from moemm.cli.subject import Plugins
 from moemm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class Heterogeneity:
     """Samples of each task and split to measure on, at most."""
     output: Path | None = None
     """File to write; heterogeneity/grouped.yaml in the run's folder when not given."""
+    plugin: Plugins = ()
+    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
+    configuration, or of the run's own copies; may be given several times."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -50,7 +54,7 @@ class Heterogeneity:
         self._check()
         from moemm.cli.subject import load
 
-        loaded = load(self.subject, overrides)
+        loaded = load(self.subject, overrides, self.plugin)
         from moemm import analyze
 
         wanted = analyze.Wanted(groups=self.groups, budget=self.budget, pairs=self.pairs, samples=self.samples)
@@ -94,7 +98,7 @@ class Heterogeneity:
         if self._zero_shot:
             from moemm.train import load_run
 
-            run = load_run(self.subject)
+            run = load_run(self.subject, plugins=self.plugin)
             return Subject(loaded, run.catalogue, run.specs, run)
         from moemm.train.setup import learn_modalities
 
@@ -120,6 +124,9 @@ class Conflict:
     """How far under 0 a mean cosine must be to count as a conflict; sure it must be in any case."""
     output: Path | None = None
     """Configuration to write; conflict/split.yaml in the run's folder when not given."""
+    plugin: Plugins = ()
+    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
+    configuration, or of the run's own copies; may be given several times."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -130,7 +137,7 @@ class Conflict:
         from moemm import analyze
         from moemm.cli.subject import load
 
-        loaded = load(self.run_folder, ())
+        loaded = load(self.run_folder, (), self.plugin)
         from moemm.observe.conflict_file import SPLIT, write_conflict
 
         run, pick = self._run()
@@ -166,7 +173,7 @@ class Conflict:
         from moemm.train import load_run
         from moemm.train.labels import Labels
 
-        run = load_run(self.run_folder)
+        run = load_run(self.run_folder, plugins=self.plugin)
         return run, Labels(run.catalogue, run.config, torch.device("cpu")).pick
 
     def _show(self, values: Mapping[str, Any], file: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from moemm.cli.output import show, show_json
+from moemm.cli.subject import Plugins
 from moemm.errors import CheckpointError
 
 
@@ -24,6 +25,9 @@ class Evaluate:
     missing: Annotated[str, arg(metavar="A,B|all")] = ""
     """Modalities to take away, with commas between them; `all`: every subset, as a table, CSV and plot in the run's
     folder."""
+    plugin: Plugins = ()
+    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
+    configuration, or of the run's own copies; may be given several times."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -39,7 +43,7 @@ class Evaluate:
 
         names = tuple(name.strip() for name in self.missing.split(",") if name.strip())
         missing: Any = "all" if names == ("all",) else names
-        result = evaluate_run(load_run(self.run_folder), split=self.split, missing=missing)
+        result = evaluate_run(load_run(self.run_folder, plugins=self.plugin), split=self.split, missing=missing)
         if self.json:
             show_json(result)
         else:

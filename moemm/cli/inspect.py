@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from moemm.cli.output import show, show_json
+from moemm.cli.subject import Plugins
 
 
 @dataclass(kw_only=True)
@@ -21,6 +22,9 @@ class Inspect:
 
     subject: Annotated[Positional[Path], arg(name="subject", metavar="RUN|CONFIG")]
     """Folder of a run, or YAML file; values of a file's keys may follow: --model.dim 128."""
+    plugin: Plugins = ()
+    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
+    configuration, or of the run's own copies; may be given several times."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -28,7 +32,7 @@ class Inspect:
         """Print it; 0."""
         from moemm.cli.subject import build, saved_as_is
 
-        found = build(self.subject, overrides)
+        found = build(self.subject, overrides, self.plugin)
         from moemm.observe.expert_table import describe_model, render_experts
 
         step = found.manifest.step if found.manifest else None

@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from moemm.cli.output import show
+from moemm.cli.subject import Plugins
 from moemm.errors import CheckpointError
 
 
@@ -27,6 +28,9 @@ class Report:
     """File to write; report.html in the run folder if not given."""
     quick: bool = False
     """Leave out what needs evaluation; needs neither the data nor a checkpoint."""
+    plugin: Plugins = ()
+    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
+    configuration, or of the run's own copies; may be given several times."""
 
     def run(self, overrides: Sequence[str]) -> int:
         """Write it; 0."""
@@ -42,7 +46,7 @@ class Report:
         from moemm.train import load_outline, load_run
 
         read_summary(self.run_folder)  # refuse an unfinished run before its data is opened
-        run = load_outline(self.run_folder) if self.quick else load_run(self.run_folder)
+        run = (load_outline if self.quick else load_run)(self.run_folder, plugins=self.plugin)
         html = build_report(run, quick=self.quick, tell=show)
         write_report(html, output)
         show(f"wrote {output} ({len(html.encode()) / 1024:.0f} KiB): open it in a browser")

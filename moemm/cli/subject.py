@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import UseAppendAction, arg
 
 from moemm.errors import CheckpointError, ConfigError
 
@@ -16,18 +18,21 @@ if TYPE_CHECKING:
     from moemm.models import Model
 
 
-def load(path: Path, overrides: Sequence[str]) -> LoadedConfig:
-    """The configuration of a run folder, or of a file with the command line's values over it.
+Plugins = Annotated[tuple[Path, ...], UseAppendAction, arg(metavar="FILE")]
+"""Type of the option --plugin of verbs that build a model."""
+
+
+def load(path: Path, overrides: Sequence[str], plugins: Sequence[Path] = ()) -> LoadedConfig:
+    """The configuration of a run folder, or of a file with the command line's values over it; its plugins are loaded.
 
     Raises ConfigError: no such file, values for a run folder. CheckpointError: a folder that holds no run.
     """
-    from moemm.config import load_config
     from moemm.config.suggest import missing_path
 
     if not path.exists():
         raise ConfigError(missing_path(path, what="run folder or configuration"))
     if not path.is_dir():
-        return load_config(path, overrides)
+        return _load_file(path, overrides, plugins)
     if overrides:
         raise ConfigError(
             f"{path} is a run folder, whose model is what it is: {overrides[0]} cannot change it; give the "
@@ -35,7 +40,21 @@ def load(path: Path, overrides: Sequence[str]) -> LoadedConfig:
         )
     if not (path / "config.yaml").is_file():
         raise CheckpointError(f"{path} is no run folder: it has no config.yaml. Give train.output of a run, or a YAML.")
-    return load_config(path / "config.yaml")
+    from moemm.plugins import load_stored
+
+    return load_stored(path, "config.yaml", plugins)
+
+
+def _load_file(path: Path, overrides: Sequence[str], plugins: Sequence[Path]) -> LoadedConfig:
+    from moemm.config import load_config
+    from moemm.config.overrides import plugin_overrides
+
+    loaded = load_config(path, [*overrides, *plugin_overrides(plugins)])
+    if loaded.config.plugins:
+        from moemm.plugins import load_plugins
+
+        load_plugins(loaded)
+    return loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +65,7 @@ class Untrained:
     manifest: Manifest | None
 
 
-def build(path: Path, overrides: Sequence[str]) -> Untrained:
+def build(path: Path, overrides: Sequence[str], plugins: Sequence[Path] = ()) -> Untrained:
     """The model of a run folder, from what it stored and without its data, or that of a configuration.
 
     Raises as `load`, DataError for data that a configuration names, CheckpointError for a run folder with broken files.
@@ -54,7 +73,7 @@ def build(path: Path, overrides: Sequence[str]) -> Untrained:
     from moemm.models import build_model
     from moemm.train.setup import learn_modalities, load_stored, stored_catalogue
 
-    loaded = load(path, overrides)
+    loaded = load(path, overrides, plugins)
     if path.is_dir():
         specs, stored = load_stored(path)
         tasks = stored_catalogue(stored).tasks

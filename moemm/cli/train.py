@@ -9,6 +9,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from moemm.cli.subject import Plugins
+
 
 @dataclass(kw_only=True)
 class Train:
@@ -23,12 +25,16 @@ class Train:
     """YAML file."""
     resume: bool = False
     """Go on from the newest complete checkpoint of train.output."""
+    plugin: Plugins = ()
+    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
+    configuration, or of the run's own copies; may be given several times."""
 
     def run(self, overrides: Sequence[str]) -> int:
         """Check the configuration before torch is imported, then train; returns the summary's exit code, 0 mostly."""
         from moemm.config import load_config
+        from moemm.config.overrides import plugin_overrides
 
-        loaded = load_config(self.config, overrides)
+        loaded = load_config(self.config, [*overrides, *plugin_overrides(self.plugin)])
         from moemm.train import train
 
         summary = train(loaded, resume=self.resume)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from itertools import combinations
 
 from moemm.config.check_experts import EXPERT_RULES
 from moemm.config.check_harmonize import HARMONIZE_RULES
 from moemm.config.check_objectives import OBJECTIVE_RULES
 from moemm.config.deepspeed import check_extra
+from moemm.config.entry import entry_names
 from moemm.config.joint import check_joint, samples_of
 from moemm.config.names import modality_names, unknown_modalities
 from moemm.config.problem import Problem
@@ -47,7 +47,7 @@ def check(config: Config) -> list[Problem]:
 
 def known_kinds() -> set[str]:
     """Kinds that ship with moemm, and those that installed packages add (entry point `moemm.modalities`)."""
-    return set(KIND_OPTIONS) | {entry.name for entry in entry_points(group="moemm.modalities")}
+    return set(KIND_OPTIONS) | entry_names("modality")
 
 
 def _width(config: Config) -> Iterator[Problem]:
@@ -133,13 +133,13 @@ def _modality_sections(config: Config) -> Iterator[Problem]:
         message = f"is a modality that no task has{did_you_mean(name, modality_names(config))}"
         yield Problem(path=("modalities", name), message=message, allowed=", ".join(sorted(modality_names(config))))
     for name, modality in config.modalities.items():
-        yield from _modality(name, modality)
+        yield from _modality(name, modality, own=bool(config.plugins))
 
 
-def _modality(name: str, modality: ModalityConfig) -> Iterator[Problem]:
+def _modality(name: str, modality: ModalityConfig, *, own: bool) -> Iterator[Problem]:
     path = ("modalities", name)
     kind = modality.kind
-    if kind is not None and kind not in known_kinds() and nearest(kind, known_kinds()):
+    if kind is not None and not own and kind not in known_kinds() and nearest(kind, known_kinds()):
         message = f"no such kind{did_you_mean(kind, known_kinds())}"
         yield Problem(path=(*path, "kind"), message=message, given=kind, allowed=", ".join(sorted(known_kinds())))
     if kind in KIND_OPTIONS:
@@ -155,7 +155,7 @@ def _modality(name: str, modality: ModalityConfig) -> Iterator[Problem]:
 def _kind_options(name: str, kind: str, modality: ModalityConfig) -> Iterator[Problem]:
     path = ("modalities", name)
     for option, value in vars(modality).items():
-        if option != "kind" and value is not None and option not in KIND_OPTIONS[kind]:
+        if option != "kind" and value not in (None, {}) and option not in KIND_OPTIONS[kind]:
             allowed = ", ".join(sorted(KIND_OPTIONS[kind]))
             yield Problem(path=(*path, option), message=f"is no option of kind {kind}", given=value, allowed=allowed)
     size = PATCH_SIZES.get(kind)

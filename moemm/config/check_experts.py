@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 
+from moemm.config.entry import entry_names
 from moemm.config.layers import FORMS, parse_layers
 from moemm.config.names import modality_names, unknown_modalities
 from moemm.config.problem import KeyPath, Problem
@@ -105,8 +105,8 @@ def _ids(config: Config) -> Iterator[Problem]:
 
 def _router(config: Config) -> Iterator[Problem]:
     router, plain = config.model.router, RouterConfig()
-    known = set(KINDS) | {entry.name for entry in entry_points(group="moemm.routers")}
-    if router.kind not in known and nearest(router.kind, known):
+    known = set(KINDS) | entry_names("router")
+    if router.kind not in known and not config.plugins and nearest(router.kind, known):
         message = f"no such router{did_you_mean(router.kind, known)}"
         yield Problem(path=(*ROUTER, "kind"), message=message, given=router.kind, allowed=", ".join(sorted(known)))
     for key, kinds in _ROUTER_KEYS.items():

@@ -20,7 +20,12 @@ def is_on(objective: ObjectiveConfig) -> bool:
 
 def label_free(config: ObjectivesConfig) -> tuple[str, ...]:
     """Names of the objectives without labels that are on, in the order of the schema."""
-    return tuple(name for name, one in vars(config).items() if name != "supervised" and is_on(one))
+    return tuple(name for name, one in objective_sections(config).items() if name != "supervised" and is_on(one))
+
+
+def objective_sections(config: ObjectivesConfig) -> dict[str, ObjectiveConfig]:
+    """Name -> section of every objective: moemm's in the order of the schema, then those of `own`."""
+    return {**{name: one for name, one in vars(config).items() if name != "own"}, **config.own}
 
 
 def _nothing(config: Config) -> Iterator[Problem]:
@@ -30,10 +35,22 @@ def _nothing(config: Config) -> Iterator[Problem]:
 
 
 def _schedules(config: Config) -> Iterator[Problem]:
-    for name, one in vars(config.objectives).items():
+    for name, one in objective_sections(config.objectives).items():
         if one.start is None and one.over != 1.0:
             message = "has no meaning without `start`"
-            yield Problem(path=(*ROOT, name, "over"), message=message, given=one.over)
+            path = (*ROOT, "own", name, "over") if name in config.objectives.own else (*ROOT, name, "over")
+            yield Problem(path=path, message=message, given=one.over)
+
+
+def _own(config: Config) -> Iterator[Problem]:
+    built_in = [name for name in vars(config.objectives) if name != "own"]
+    for name in config.objectives.own:
+        path = (*ROOT, "own", name)
+        if name in built_in:
+            message = f"is an objective that ships with moemm; its section is objectives.{name}"
+            yield Problem(path=path, message=message)
+        elif not name.isidentifier():
+            yield Problem(path=path, message="is no name of an objective", allowed="letters, digits and _")
 
 
 def _masked(config: Config) -> Iterator[Problem]:
@@ -111,6 +128,7 @@ _MASKING = ("masked", "similarity")
 OBJECTIVE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _nothing,
     _schedules,
+    _own,
     _masked,
     _pairs,
     _noise,

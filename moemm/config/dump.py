@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from moemm.config.load import LoadedConfig
-from moemm.config.problem import KeyPath
+from moemm.config.problem import KeyPath, value_at
 from moemm.config.schema import Config
 
 _COMMENT_COLUMN = 44
 _BARE = re.compile(r"(?:\.{0,2}/|[A-Za-z_])[A-Za-z0-9_./+-]*|\.{1,2}")
 _RESERVED = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", ".inf", ".nan"}
-_PLACES = (("train", "output"), ("data", "root"))
+_PLACES: tuple[KeyPath, ...] = (("train", "output"), ("data", "root"), ("plugins",))
 """Where things lie, not what they are: left out of the hash."""
 
 
@@ -30,10 +30,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_hash(config: Config) -> str:
-    """12 hex digits of everything but `train.output` and `data.root`: the same experiment has the same hash."""
+    """12 hex digits of everything but where things lie (_PLACES): the same experiment has the same hash."""
     values = to_dict(config)
-    for section, key in _PLACES:
-        del values[section][key]
+    for path in _PLACES:
+        del value_at(values, path[:-1])[path[-1]]
     text = json.dumps(values, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -53,8 +53,13 @@ def show(loaded: LoadedConfig) -> str:
 
 
 def save_config(loaded: LoadedConfig, path: Path) -> None:
-    """Write the complete configuration to `path`, with `data.root` as seen from there: it can be loaded again."""
+    """Write the complete configuration to `path`, with `data.root` and `plugins` as seen from there: it can be loaded
+    again."""
     values = to_dict(loaded.config)
+    values["plugins"] = [
+        name if os.path.isabs(name) else os.path.relpath(file.resolve(), path.parent.resolve())
+        for name, file in zip(loaded.config.plugins, loaded.plugin_files, strict=True)
+    ]
     if not os.path.isabs(values["data"]["root"]):
         values["data"]["root"] = os.path.relpath(loaded.data_root.resolve(), path.parent.resolve())
     path.write_text("".join(f"{line}\n" for line, _ in _lines(values, ())), encoding="utf-8")

@@ -24,7 +24,7 @@ MAX_BASES = 8
 class LoadedConfig:
     """A configuration, and how it came about.
 
-    path: the file that was named; a relative `data.root` starts at its folder.
+    path: the file that was named; a relative `data.root`, and relative `plugins`, start at its folder.
     source: the values that were given, as plain dicts and lists, all layers merged; no defaults.
     origins: path of keys -> where the value came from (`recipe.yaml:14`, `command line --model.dim`).
     """
@@ -38,6 +38,11 @@ class LoadedConfig:
     def data_root(self) -> Path:
         """Folder that the tasks' relative files start at."""
         return self.path.parent / self.config.data.root
+
+    @property
+    def plugin_files(self) -> list[Path]:
+        """The files of `plugins`."""
+        return [Path(os.path.normpath(self.path.parent / name)) for name in self.config.plugins]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -64,6 +69,7 @@ def read_layers(path: Path) -> Source:
     """The file merged over the files that its key `base` names (one, or a list: later ones win)."""
     source = _read_layers(path, seen=())
     _rebase_root(source, path.parent)
+    _rebase_plugins(source, path.parent)
     return source
 
 
@@ -162,6 +168,17 @@ def _rebase_root(source: Source, folder: Path) -> None:
         return
     data["root"] = os.path.relpath(origin.folder / root, folder) if not os.path.isabs(root) else root
     source.origins[("data", "root")] = origin
+
+
+def _rebase_plugins(source: Source, folder: Path) -> None:
+    """Make `plugins` of a base file in another folder relative to `folder`."""
+    names, origin = source.values.get("plugins"), source.origin(("plugins",))
+    if isinstance(names, list) and origin is not None and origin.folder not in (None, folder):
+        start = Path(origin.folder)
+        source.values["plugins"] = [
+            os.path.relpath(start / name, folder) if isinstance(name, str) and not os.path.isabs(name) else name
+            for name in names
+        ]
 
 
 def _last_duration_wins(source: Source) -> None:

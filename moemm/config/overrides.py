@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from moemm.config import fields, schema
@@ -53,6 +56,11 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
         parsed.append(Override(option, text if equals else remaining[1] if count == 2 else None))
         remaining = remaining[count:]
     return parsed
+
+
+def plugin_overrides(files: Sequence[Path | str]) -> list[str]:
+    """Files of --plugin, relative to the working directory, as an override of the key `plugins`."""
+    return [f"--plugins={json.dumps([os.path.abspath(file) for file in files])}"] if files else []
 
 
 def apply_overrides(source: Source, arguments: Sequence[str], *, layer: int) -> None:

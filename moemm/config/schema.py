@@ -89,6 +89,8 @@ class ModalityConfig:
     """Share of this modality's tokens that are left out while training."""
     noise: NonNegative | None = None
     """Signals: deviation of the Gaussian noise added while training, after normalisation."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of a kind of your own (`plugins`): those of its `defaults` that have no key here."""
 
 
 @dataclass(kw_only=True)
@@ -307,6 +309,14 @@ class ReplacedConfig(ObjectiveConfig):
 
 
 @dataclass(kw_only=True)
+class OwnObjectiveConfig(ObjectiveConfig):
+    """An objective of your own, that a file of `plugins` registers."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the objective itself wants to know."""
+
+
+@dataclass(kw_only=True)
 class ObjectivesConfig:
     """What is minimised: the weighted sum of these, and the router's own losses."""
 
@@ -320,6 +330,8 @@ class ObjectivesConfig:
     """Masked-to-unmasked similarity."""
     replaced: ReplacedConfig = field(default_factory=ReplacedConfig)
     """Replaced-token detection."""
+    own: dict[str, OwnObjectiveConfig] = field(default_factory=dict)
+    """Objectives of your own, by the names that @register_objective gives them."""
 
 
 Cosine = Annotated[float, Interval(ge=-1.0, le=1.0)]
@@ -442,6 +454,9 @@ class Config:
 
     name: Annotated[str, MinLen(1)] = "run"
     """Name of the recipe, for tables and reports."""
+    plugins: list[Annotated[str, MinLen(1)]] = field(default_factory=list)
+    """Python files that register modalities, routers, harmonizers and objectives of your own; their code runs. Relative
+    to the file that this stands in. docs/add_a_modality.md."""
     data: DataConfig
     """What to learn from."""
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import NamedTuple
 
 import torch
 
+from moemm.config.entry import load_entry
 from moemm.errors import ConfigError
 
 
@@ -70,8 +70,7 @@ def register_harmonizer(name: str, *, keeps: tuple[str, ...] = (), drops: str = 
 def find(method: str) -> Harmonizer:
     """The harmonizer of this name, an installed package's too (entry point `moemm.harmonizers`). Raises ConfigError."""
     if method not in HARMONIZERS:
-        for entry in entry_points(group="moemm.harmonizers", name=method):
-            entry.load()  # registers it
+        load_entry("harmonizer", method, HARMONIZERS)  # registers it
     if method not in HARMONIZERS:
         raise ConfigError(
             f"harmonize.method: no harmonizer '{method}'\n"

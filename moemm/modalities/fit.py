@@ -11,7 +11,10 @@ from moemm.data.catalogue import ModalityInfo
 from moemm.data.sample import Prepare, Value
 from moemm.errors import ConfigError
 from moemm.modalities.base import ModalitySpec, Tokenizer
-from moemm.modalities.registry import KINDS, tokenizer_class
+from moemm.modalities.registry import find_kind, tokenizer_class
+
+_NO_OPTIONS = ("kind", "options")
+"""Keys of ModalityConfig that are no options of a kind."""
 
 
 def fit_modalities(
@@ -37,24 +40,40 @@ def fit_modalities(
 def resolve(info: ModalityInfo, config: ModalityConfig) -> tuple[str, type[Tokenizer], dict[str, Any]]:
     """The kind, its tokenizer, and its options: defaults with the config's choices over them."""
     kind, tokenizer = tokenizer_class(config.kind or info.kind, name=info.name, chosen=config.kind is not None)
-    given = {key: value for key, value in asdict(config).items() if value is not None and key != "kind"}
+    given = {key: value for key, value in asdict(config).items() if value is not None and key not in _NO_OPTIONS}
     for key in given:
-        if key not in tokenizer.defaults:
-            raise ConfigError(
-                f"modalities.{info.name}.{key}: a modality of kind '{kind}' has no such option; "
-                f"it has {', '.join(sorted(tokenizer.defaults))}"
-            )
-    return kind, tokenizer, {**tokenizer.defaults, **given}
+        _check_option(f"modalities.{info.name}.{key}", key, kind, tokenizer)
+    for key, value in config.options.items():
+        path = f"modalities.{info.name}.options.{key}"
+        _check_option(path, key, kind, tokenizer)
+        if key in vars(config):
+            raise ConfigError(f"{path}: has a key of its own; write modalities.{info.name}.{key}")
+        _check_type(path, value, tokenizer.defaults[key])
+    return kind, tokenizer, {**tokenizer.defaults, **given, **config.options}
+
+
+def _check_option(path: str, key: str, kind: str, tokenizer: type[Tokenizer]) -> None:
+    if key not in tokenizer.defaults:
+        have = ", ".join(sorted(tokenizer.defaults)) or "none"
+        raise ConfigError(f"{path}: a modality of kind '{kind}' has no such option; it has {have}")
+
+
+def _check_type(path: str, value: Any, default: Any) -> None:
+    """An option of a kind of the user's own: of the type of its default; a whole number may stand for a float."""
+    fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+    if default is not None and not fits:
+        wanted = type(default).__name__
+        raise ConfigError(f"{path}: is {value!r}; allowed: {wanted}, as its default {default!r}")
 
 
 def build_tokenizer(spec: ModalitySpec, dim: int) -> Tokenizer:
     """The tokenizer that a spec describes, with fresh weights."""
-    return KINDS[spec.kind](spec, dim)
+    return find_kind(spec.kind, name=spec.info.name)(spec, dim)
 
 
 def prepare_functions(specs: Mapping[str, ModalitySpec]) -> Prepare:
     """What the loader's workers do to the values of each modality that needs it."""
-    functions = {name: KINDS[spec.kind].prepare(spec) for name, spec in specs.items()}
+    functions = {name: find_kind(spec.kind, name=name).prepare(spec) for name, spec in specs.items()}
     return {name: function for name, function in functions.items() if function is not None}
 
 

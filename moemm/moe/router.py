@@ -10,7 +10,7 @@ from moemm.config.schema import RouterConfig
 from moemm.errors import ConfigError
 from moemm.exact import ExactBuffers
 from moemm.moe.expert_map import ExpertMap
-from moemm.moe.routers import CAPACITY, ROUTERS, P, Routed, RouteInput, route
+from moemm.moe.routers import CAPACITY, P, Routed, RouteInput, find_router, route
 
 _ALL = {"hard", "top_p"}  # kinds for which no top_k means every allowed expert
 
@@ -28,10 +28,7 @@ class Router(ExactBuffers):
 
     def __init__(self, dim: int, layer_map: ExpertMap, config: RouterConfig):
         super().__init__()
-        if config.kind not in ROUTERS:
-            known = ", ".join(sorted(ROUTERS))
-            raise ConfigError(f"model.router.kind is {config.kind}; known are {known}, and what register_router adds")
-        self.kind, self.config = ROUTERS[config.kind], config
+        self.kind, self.config = find_router(config.kind), config
         self.ids = [expert.id for expert in layer_map.of_role("routed")]
         self.register_buffer("allowed_ME", layer_map.allowed("routed"), persistent=False)
         self.top_k = _top_k(layer_map, config)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from moemm import ops
+from moemm.config.entry import load_entry
 from moemm.errors import ConfigError
 from moemm.moe.stats import sum_by_row
 from moemm.ops import RouteTopk
@@ -110,6 +111,16 @@ def register_router(
         return function
 
     return add
+
+
+def find_router(name: str) -> RouterKind:
+    """The router of this name, an installed package's too (entry point `moemm.routers`). Raises ConfigError."""
+    if name not in ROUTERS:
+        load_entry("router", name, ROUTERS)  # registers it
+    if name not in ROUTERS:
+        known = ", ".join(sorted(ROUTERS))
+        raise ConfigError(f"model.router.kind is {name}; known are {known}, and what register_router adds")
+    return ROUTERS[name]
 
 
 def route(kind: RouterKind, given: RouteInput, *, entropy: bool) -> Routed:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from moemm.config.check_objectives import is_on, label_free
+from moemm.config.check_objectives import is_on, label_free, objective_sections
 from moemm.config.schema import ObjectivesConfig
 from moemm.data.catalogue import TaskInfo
 from moemm.data.sample import PackedBatch
@@ -29,7 +29,7 @@ from moemm.objectives.content import Content
 from moemm.objectives.contrastive import Contrastive, pair_numbers, pairs_of
 from moemm.objectives.masking import Mask, wanted
 from moemm.objectives.noise import PairNoise
-from moemm.objectives.registry import OBJECTIVES, Scene
+from moemm.objectives.registry import OBJECTIVES, Scene, load_objective
 from moemm.objectives.replaced import exchange
 
 Shapes = Mapping[str, TargetShape | None]
@@ -44,7 +44,8 @@ class LabelFree(Pretext):
         super().__init__()
         self.config, self.seed, self.modalities = config, seed, list(shapes)
         names = label_free(config)
-        self.objectives = nn.ModuleDict({name: OBJECTIVES[name](getattr(config, name), shapes, dim) for name in names})
+        sections = objective_sections(config)
+        self.objectives = nn.ModuleDict({name: OBJECTIVES[name](sections[name], shapes, dim) for name in names})
         read = {view for name in names for view in OBJECTIVES[name].views}
         if is_on(config.supervised):
             read.add("clean")
@@ -196,6 +197,8 @@ def build_pretext(
     """
     if not label_free(config):
         return None
+    for name in config.own:
+        load_objective(name)
     shapes = {name: tokenizer.target_shape for name, tokenizer in tokenizers.items()}
     _check_masked(config, shapes)
     _check_pairs(config, list(shapes), tasks)

@@ -1,4 +1,6 @@
-"""Objectives without labels by name. To add one: a file here, and its section in ObjectivesConfig."""
+"""Objectives without labels by name. To add one: a file here, and its section in ObjectivesConfig; or a file of your
+own in `plugins`, whose section is `objectives.own.NAME` (`config` is then an OwnObjectiveConfig).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from moemm.config.entry import load_entry
 from moemm.errors import ConfigError
 from moemm.modalities import TargetShape
 from moemm.models import Views
@@ -77,6 +80,19 @@ def register_objective(name: str) -> Callable[[type[Objective]], type[Objective]
         return objective
 
     return add
+
+
+def load_objective(name: str) -> type[Objective]:
+    """The objective of this name, an installed package's too (entry point `moemm.objectives`). Raises ConfigError."""
+    if name not in OBJECTIVES:
+        load_entry("objective", name, OBJECTIVES)  # registers it
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"objectives.own.{name}: no objective of this name is registered\n"
+            f"  allowed: {', '.join(sorted(OBJECTIVES))}\n"
+            "  to do: name the file that registers it in `plugins`"
+        )
+    return OBJECTIVES[name]
 
 
 def two_layers(dim: int, out: int) -> nn.Sequential:

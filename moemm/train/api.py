@@ -6,6 +6,7 @@ import json
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from torch import nn
 
 from moemm.checkpoint import Found, check_compatible, find_newest, newest_complete
 from moemm.checkpoint.store import load_weights
-from moemm.config import Config, LoadedConfig, load_config
+from moemm.config import Config, LoadedConfig
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
 from moemm.distributed import World, choose_cpu_threads, connect
 from moemm.errors import CheckpointError
 from moemm.modalities import ModalitySpec
+from moemm.plugins import load_stored as load_stored_config
 from moemm.train.callbacks import (
     Callback,
     CheckpointingCallback,
@@ -136,13 +138,14 @@ class Run:
     step: int
 
 
-def load_run(path: Path | str) -> Run:
+def load_run(path: Path | str, *, plugins: Sequence[Path | str] = ()) -> Run:
     """Load a run folder, for evaluation; needs no DeepSpeed and no process group.
 
+    plugins: Python files to run in place of the run's own copies; moemm/plugins.py says when it runs these.
     Raises CheckpointError: no run, no complete checkpoint, or data that is not what the run was trained on.
     """
     folder = Path(path)
-    config = _stored_config(folder)
+    config = _stored_config(folder, plugins)
     specs, stored = load_stored(folder)
     catalogue = build_catalogue(config.data, base=folder)
     check_catalogue(stored, catalogue)
@@ -152,14 +155,14 @@ def load_run(path: Path | str) -> Run:
     return Run(config, catalogue, specs, model.eval(), folder, found.manifest.step)
 
 
-def load_outline(path: Path | str) -> Run:
+def load_outline(path: Path | str, *, plugins: Sequence[Path | str] = ()) -> Run:
     """A run as its folder describes it: config, tasks, modalities, and a model with *fresh* weights, for its shapes.
 
     Needs neither the data nor a checkpoint; `step` is that of the newest complete one, or 0.
     Raises CheckpointError: no run, or files of it that cannot be read.
     """
     folder = Path(path)
-    config = _stored_config(folder)
+    config = _stored_config(folder, plugins)
     specs, stored = load_stored(folder)
     catalogue = stored_catalogue(stored)
     try:
@@ -171,7 +174,7 @@ def load_outline(path: Path | str) -> Run:
     return Run(config, catalogue, specs, model.eval(), folder, step)
 
 
-def _stored_config(folder: Path) -> Config:
+def _stored_config(folder: Path, plugins: Sequence[Path | str]) -> Config:
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}. Give train.output of a run.")
-    return load_config(folder / CONFIG).config
+    return load_stored_config(folder, CONFIG, plugins).config

@@ -67,7 +67,7 @@ def _reused(spec: ModalitySpec, stored: ModalitySpec, config: Config) -> Modalit
             )
     given = config.modalities.get(name)
     for key, old in stored.options.items():
-        new = getattr(given, key, None)
+        new = given.options.get(key, getattr(given, key, None)) if given is not None else None
         if new is not None and new != old and key not in _WHILE_TRAINING:
             raise ConfigError(
                 f"modalities.{name}.{key}: is {new}, and {old} in {init}, whose tokenizer train.init takes over.\n"

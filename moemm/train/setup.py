@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from moemm import plugins
 from moemm.checkpoint.resume import changed_keys
-from moemm.config import Config, LoadedConfig, save_config
+from moemm.config import Config, LoadedConfig, load_config, save_config
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
 from moemm.data.dataset import SplitDataset
 from moemm.data.loader import drawn_sizes
 from moemm.data.sample import Value
-from moemm.distributed import broadcast_object, on_main
-from moemm.errors import CheckpointError, ConfigError
+from moemm.distributed import broadcast_object, gather_objects, on_main
+from moemm.errors import CheckpointError, ConfigError, MoemmError
 from moemm.modalities import ModalitySpec, fit_modalities, specs_from_dict, specs_to_dict
 from moemm.models import Model, build_model
 from moemm.objectives import build_pretext
@@ -56,7 +58,10 @@ def prepare(loaded: LoadedConfig, *, resume: bool) -> tuple[Setup, bool]:
     """
     config = loaded.config
     folder = Path(config.train.output)
+    found = _load_plugins(loaded)
     going_on = on_main(lambda: _claim(folder, resume=resume))
+    if going_on:
+        on_main(lambda: _check_plugins(folder, found))
     catalogue = build_catalogue(config.data, base=loaded.path.parent)
     if going_on:
         specs, stored = on_main(lambda: load_stored(folder))
@@ -65,6 +70,32 @@ def prepare(loaded: LoadedConfig, *, resume: bool) -> tuple[Setup, bool]:
         specs = broadcast_object(_fit(config, catalogue))
         on_main(lambda: store_run(loaded, folder, catalogue, specs))
     return Setup(config, catalogue, specs, folder, total_steps(config, catalogue)), going_on
+
+
+def _load_plugins(loaded: LoadedConfig) -> list[plugins.Plugin]:
+    """Run the files of `plugins` on every rank. Raises ConfigError on all of them where one cannot, or has others."""
+    found: list[plugins.Plugin] = []
+    problem: MoemmError | None = None
+    try:
+        found = plugins.load_plugins(loaded)
+    except MoemmError as error:
+        problem = error
+    ranks = gather_objects(([plugin.sha256 for plugin in found], problem))
+    for _, theirs in ranks:
+        if theirs is not None:
+            raise theirs
+    for rank, (theirs_sha, _) in enumerate(ranks):
+        if theirs_sha != ranks[0][0]:
+            raise ConfigError(
+                f"plugins: rank {rank} read other code than rank 0 from {', '.join(loaded.config.plugins)}\n"
+                "  to do: put the same files on every machine"
+            )
+    return found
+
+
+def _check_plugins(folder: Path, found: list[plugins.Plugin]) -> None:
+    if (folder / CONFIG).is_file():
+        plugins.check_unchanged(load_config(folder / CONFIG).config.plugins, found, folder=folder)
 
 
 def total_steps(config: Config, catalogue: Catalogue) -> int:
@@ -109,6 +140,7 @@ def learn_modalities(loaded: LoadedConfig) -> tuple[Catalogue, dict[str, Modalit
 
     Raises ConfigError and DataError as a run would.
     """
+    plugins.load_plugins(loaded)
     catalogue = build_catalogue(loaded.config.data, base=loaded.path.parent)
     return catalogue, _fit(loaded.config, catalogue)
 
@@ -144,7 +176,8 @@ def store_run(loaded: LoadedConfig, folder: Path, catalogue: Catalogue, specs: M
             (folder / name).unlink(missing_ok=True)
         for events in (folder / "tensorboard").glob("events.*"):
             events.unlink()
-        save_config(loaded, folder / CONFIG)
+        copies = [os.path.relpath(folder / name, loaded.path.parent) for name in plugins.copy_plugins(loaded, folder)]
+        save_config(replace(loaded, config=replace(loaded.config, plugins=copies)), folder / CONFIG)
         _write_json(folder / MODALITIES, specs_to_dict(specs))
         _write_json(folder / CATALOGUE, describe(catalogue))
     except OSError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from moemm.config import Config
-from moemm.config.check_objectives import is_on, label_free
+from moemm.config.check_objectives import is_on, label_free, objective_sections
 from moemm.data.catalogue import Catalogue, TaskInfo
 from moemm.data.sample import PackedBatch
 from moemm.distributed import World, sum_over_ranks
@@ -88,7 +88,7 @@ class Objective:
         """Take the objectives' weights of this 0-based step."""
         self._weights = {
             name: objective_weight(step, total=self._total_steps, config=one)
-            for name, one in vars(self._config).items()
+            for name, one in objective_sections(self._config).items()
         }
 
     def __call__(self, output: ModelOutput, batch: PackedBatch) -> MicroLoss:

@@ -143,7 +143,7 @@ def test_evaluate_gets_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(fake, "evaluate_run", evaluate_run, raising=False)
     monkeypatch.setattr(fake, "render", lambda result: f"a table of {result}", raising=False)
-    monkeypatch.setattr(fake, "load_run", lambda path: f"the run in {path}", raising=False)
+    monkeypatch.setattr(fake, "load_run", lambda path, plugins: f"the run in {path}", raising=False)
     monkeypatch.setitem(sys.modules, "moemm.evaluate", fake)
     monkeypatch.setitem(sys.modules, "moemm.train", fake)
     assert app.main(["evaluate", str(tmp_path), "--split", "val", "--missing", "image, text", "--json"]) == 0

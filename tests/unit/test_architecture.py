@@ -30,9 +30,11 @@ ALLOWED = {
     "evaluate": "config ops data moe modalities models objectives",
     "observe": "config ops data moe modalities models objectives evaluate distributed checkpoint",
     "analyze": "config ops data moe modalities harmonize models objectives evaluate checkpoint",
-    "train": "config ops data moe modalities harmonize models objectives evaluate observe distributed checkpoint",
-    "growth": "config ops data moe modalities harmonize models objectives evaluate observe distributed checkpoint "
-    "analyze train",
+    "plugins": "config harmonize modalities moe objectives",
+    "train": "config ops data moe modalities harmonize models objectives plugins evaluate observe distributed "
+    "checkpoint",
+    "growth": "config ops data moe modalities harmonize models objectives plugins evaluate observe distributed "
+    "checkpoint analyze train",
 }
 # The command line and the public names may import everything but the test helpers, and testing everything.
 EVERYTHING = {"cli", "__init__", "__main__", "testing"}
