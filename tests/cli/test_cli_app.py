@@ -170,7 +170,7 @@ def test_config_show_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert re.search(r"\n  dim: 128 +# command line --model\.dim\n", text)
     assert f"# {recipe}:" in text and "# default" in text
-    sections = {"name", "data", "modalities", "model", "objectives", "harmonize", "train", "deepspeed"}
+    sections = {"name", "plugins", "data", "modalities", "model", "objectives", "harmonize", "train", "deepspeed"}
     assert sections == set(yaml.safe_load(text))
 
 
