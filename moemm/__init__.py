@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moemm.data import write_file as write_file
     from moemm.errors import MoemmError as MoemmError
     from moemm.evaluate import evaluate_run as evaluate_run
+    from moemm.growth import merge as merge
     from moemm.harmonize import register_harmonizer as register_harmonizer
     from moemm.modalities import register_modality as register_modality
     from moemm.models import build_model as build_model
@@ -40,6 +41,7 @@ _PUBLIC = {
     "load_config": ("moemm.config", "load_config"),
     "load_plugin": ("moemm.plugins", "load_plugin"),
     "load_run": ("moemm.train", "load_run"),
+    "merge": ("moemm.growth", "merge"),
     "register_harmonizer": ("moemm.harmonize", "register_harmonizer"),
     "register_modality": ("moemm.modalities", "register_modality"),
     "register_objective": ("moemm.objectives", "register_objective"),

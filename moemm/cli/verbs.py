@@ -47,6 +47,11 @@ VERBS: dict[str, Verb] = {
         target="moemm.cli.analyze:Conflict",
         help="where losses pull apart, and what to split there",
     ),
+    "merge": Verb(
+        usage="RUN...",
+        target="moemm.cli.merge:Merge",
+        help="average runs into one, or experts into fewer",
+    ),
     "report": Verb(
         usage="RUN",
         target="moemm.cli.report:Report",

@@ -20,9 +20,9 @@ from moemm.modalities import ModalitySpec, specs_from_dict
 
 _SHAPING = ("dim", "heads", "activation")
 """Keys of `model` without which no tensor means what it meant."""
-_WHILE_TRAINING = {"dropout", "noise"}
+WHILE_TRAINING = {"dropout", "noise"}
 """Options of a modality that change no weight's meaning."""
-_OF_THE_RUN = ("fork.", "scale.", "pretext.objectives.contrastive.noise.")
+OF_THE_RUN = ("fork.", "settler.", "scale.", "pretext.objectives.contrastive.noise.")
 """What a run knows of how its own losses went; of others it would be wrong."""
 _SHOWN = 6
 
@@ -68,14 +68,14 @@ def _reused(spec: ModalitySpec, stored: ModalitySpec, config: Config) -> Modalit
     given = config.modalities.get(name)
     for key, old in stored.options.items():
         new = given.options.get(key, getattr(given, key, None)) if given is not None else None
-        if new is not None and new != old and key not in _WHILE_TRAINING:
+        if new is not None and new != old and key not in WHILE_TRAINING:
             raise ConfigError(
                 f"modalities.{name}.{key}: is {new}, and {old} in {init}, whose tokenizer train.init takes over.\n"
                 f"  to do: leave it out, or give the modality another name with `rename`"
             )
     if spec.kind != stored.kind:
         raise ConfigError(f"modalities.{name}.kind: is {spec.kind}, and {stored.kind} in {init}; give the same")
-    training = {key: spec.options[key] for key in _WHILE_TRAINING & set(spec.options)}
+    training = {key: spec.options[key] for key in WHILE_TRAINING & set(spec.options)}
     return replace(stored, info=spec.info, options={**stored.options, **training})
 
 
@@ -85,7 +85,7 @@ def initialise(model: nn.Module, init: str) -> str:
     Raises CheckpointError: no complete checkpoint, another width, or nothing that fits.
     """
     folder, manifest, _ = source(init)
-    weights = {name: value for name, value in read_weights(folder).items() if not name.startswith(_OF_THE_RUN)}
+    weights = {name: value for name, value in read_weights(folder).items() if not name.startswith(OF_THE_RUN)}
     _check_architecture(model, manifest, folder)
     own = model.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
