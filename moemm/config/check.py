@@ -108,6 +108,12 @@ def _task_names(config: Config) -> Iterator[Problem]:
             yield Problem(path=("data", "tasks", index, "name"), message=message, given=task.name)
 
 
+def _learning(config: Config) -> Iterator[Problem]:
+    if not any(task.learn for task in config.data.tasks):
+        message = "is false for each task; there is nothing to learn from"
+        yield Problem(path=("data", "tasks", 0, "learn"), message=message, given=False, allowed="one true")
+
+
 def _renames(config: Config) -> Iterator[Problem]:
     for index, task in enumerate(config.data.tasks):
         path = ("data", "tasks", index)
@@ -170,6 +176,7 @@ def _content(task: TaskConfig) -> tuple[object, ...]:
 
 RULES: tuple[Rule, ...] = (
     _task_names,
+    _learning,
     _renames,
     check_joint,
     _modality_sections,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from moemm.config.entry import entry_names
 from moemm.config.layers import FORMS, parse_layers
@@ -22,7 +23,7 @@ _GROUP_KEYS = {
     "rank": {"lora"},
     "modalities": {"modality", "routed", "zero", "lora"},
     "tasks": {"modality", "routed", "zero", "lora"},
-    "per_modality": {"routed", "zero", "lora"},
+    "per_modality": {"modality", "routed", "zero", "lora"},
 }
 _REQUIRED = {"shared": ("width",), "modality": ("width",), "routed": ("width",), "lora": ("base", "rank"), "zero": ()}
 
@@ -188,4 +189,39 @@ def _is_routed(group: ExpertGroupConfig) -> bool:
     return group.kind in ("routed", "zero")
 
 
-EXPERT_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (_groups, _ids, _backend, _router, _top_k, _shares)
+def _extensions(config: Config) -> Iterator[Problem]:
+    model, path = config.model, ("model", "extensions")
+    names = [one.name for one in model.extensions]
+    tasks = {task.name for task in config.data.tasks}
+    for key, known in (("name", set(names)), ("modalities", modality_names(config)), ("tasks", tasks)):
+        given = names if key == "name" else [name for one in model.extensions for name in getattr(one, key)]
+        for name, count in Counter(given).items():
+            if count > 1:
+                yield Problem(path=path, message=f"have {name} {count} times in `{key}`", given=name)
+        unknown = unknown_modalities(config, set(given)) if key == "modalities" else set(given) - known
+        for name in sorted(unknown):
+            message = f"name {name} in `{key}`, which this run does not have{did_you_mean(name, known)}"
+            yield Problem(path=path, message=message, given=name, allowed=", ".join(sorted(known)))
+    if any(one.norms for one in model.extensions) and "norms" in model.untie:
+        message = "has no meaning with `model.untie: [norms]`: each modality has norms of its own"
+        yield Problem(path=path, message=f"`norms` {message}", given=True, allowed="norms: false")
+    added = [group.added for group in model.experts.groups]
+    for number, (before, now) in enumerate(pairwise([0, *added])):
+        where = (*GROUPS, number, "added")
+        if now > len(names):
+            message = f"is more than the extensions in model.extensions, which are {len(names)}"
+            yield Problem(path=where, message=message, given=now, allowed=f"0 to {len(names)}")
+        if now < before:
+            message = f"stands behind a group of extension {before}; groups stand in the order in which they came"
+            yield Problem(path=where, message=message, given=now, allowed=f"{before} and more")
+
+
+EXPERT_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _groups,
+    _ids,
+    _backend,
+    _router,
+    _top_k,
+    _shares,
+    _extensions,
+)

@@ -34,6 +34,8 @@ class TaskConfig:
     """Modalities (after renaming) to use; all of the file when not given."""
     weight: Positive = 1.0
     """Factor on this task's loss."""
+    learn: bool = True
+    """Whether its training samples are drawn; with false it has a head and is scored, and that is all."""
 
 
 @dataclass(kw_only=True)
@@ -121,6 +123,8 @@ class ExpertGroupConfig:
     """lora: the id of the expert whose weights are changed."""
     rank: Count | None = None
     """lora: rank of the change."""
+    added: Annotated[int, Ge(0)] = 0
+    """Number in `model.extensions` of the extension that brought this group; 0: it was there from the beginning."""
 
 
 def default_groups() -> list[ExpertGroupConfig]:
@@ -209,6 +213,20 @@ class MissingConfig:
 
 
 @dataclass(kw_only=True)
+class ExtensionConfig:
+    """What one extension of a trained model brought; `moemm extend` writes it (docs/growth.md)."""
+
+    name: Annotated[str, MinLen(1)]
+    """Name of the extension."""
+    modalities: list[str] = field(default_factory=list)
+    """Modalities that came with it."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks that came with it."""
+    norms: bool = False
+    """Its modalities have norms of their own; those of before share theirs as they did."""
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The packed transformer trunk."""
 
@@ -240,6 +258,8 @@ class ModelConfig:
     """The heads predict after every block, and the loss is the mean of them; scores are those of the last."""
     missing: MissingConfig = field(default_factory=MissingConfig)
     """Modalities that a sample lacks."""
+    extensions: list[ExtensionConfig] = field(default_factory=list)
+    """What came to a trained model, oldest first. Each is computed apart, so that outputs of before keep their bits."""
     attention: Literal["auto", "padded", "nested"] = "auto"
     """How attention over packed samples runs: dense blocks by length, or nested tensors; auto picks by device."""
 

@@ -67,7 +67,8 @@ class TrainSamples:
     """Draws -> samples of the train splits, some modalities taken away. Keyed by draw, not by worker.
 
     Draws count the groups of tasks that share their samples as one task each.
-    items: for each group the items of its train split that are drawn from; all when not given.
+    groups: those that are drawn from; all when not given. items: for each of them the items of its train split that are
+    drawn from; all when not given.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class TrainSamples:
         *,
         modality_dropout: Dropout = Dropout(),
         seed: int = 0,
+        groups: Sequence[Sequence[int]] | None = None,
         items: Sequence[np.ndarray] | None = None,
     ) -> None:
-        first = [catalogue.tasks[group[0]].name for group in catalogue.groups]
+        first = [catalogue.tasks[group[0]].name for group in groups or catalogue.groups]
         self._datasets = [SplitDataset(catalogue, task=name, split="train") for name in first]
         for dataset in self._datasets:
             dataset.open()  # here, so that workers and evaluations share it
@@ -211,21 +213,29 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def learning_groups(config: Config, catalogue: Catalogue) -> list[tuple[int, ...]]:
+    """Of the groups of tasks that share their samples those of which some task learns, by `learn`."""
+    learns = {task.name for task in config.data.tasks if task.learn}
+    return [group for group in catalogue.groups if any(catalogue.tasks[number].name in learns for number in group)]
+
+
 def drawn_sizes(config: Config, catalogue: Catalogue) -> list[int]:
-    """How many training samples of each group of tasks are drawn from: all, or those with a label, where nothing else
-    learns.
+    """How many training samples of each group of tasks that learns are drawn from: all, or those with a label, where
+    nothing else learns.
     """  # fmt: skip
     items = _drawn_items(config, catalogue)
     if items is not None:
         return [len(one) for one in items]
-    return [catalogue.tasks[first].sizes["train"] for first, *_ in catalogue.groups]
+    return [catalogue.tasks[first].sizes["train"] for first, *_ in learning_groups(config, catalogue)]
 
 
 def _drawn_items(config: Config, catalogue: Catalogue) -> list[np.ndarray] | None:
     if config.data.label_share >= 1.0 or label_free(config.objectives):
         return None
     items = labelled_items(catalogue, share=config.data.label_share, seed=config.train.seed)
-    return [np.unique(np.concatenate([items[number] for number in group])) for group in catalogue.groups]
+    return [
+        np.unique(np.concatenate([items[number] for number in group])) for group in learning_groups(config, catalogue)
+    ]
 
 
 def train_loader(
@@ -258,7 +268,8 @@ def train_loader(
     )
     dropout = Dropout.of(config, total_steps=total_steps)
     items = _drawn_items(config, catalogue)
-    read = TrainSamples(catalogue, modality_dropout=dropout, seed=seed, items=items)
+    groups = learning_groups(config, catalogue)
+    read = TrainSamples(catalogue, modality_dropout=dropout, seed=seed, groups=groups, items=items)
     packer = Packer(catalogue, prepare)
     return BatchLoader(read, packer, sampler, num_workers=config.data.num_workers, prefetch=config.data.prefetch)
 

@@ -16,17 +16,21 @@ from moemm.data.catalogue import TaskInfo, task_groups
 class Pool(nn.Module):
     """Attention pooling with one learned query a task and head, joined with the mean: (T, D) -> (B, 2 D)."""
 
-    def __init__(self, dim: int, heads: int, num_tasks: int):
+    def __init__(self, dim: int, heads: int, tasks: Sequence[str]):
         super().__init__()
         self.heads = heads
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
-        self.query_ND = nn.Parameter(torch.randn(num_tasks, dim) * 0.02)
+        drawn_ND = torch.randn(len(tasks), dim) * 0.02
+        # By name, so that a task adds a tensor and reshapes none; (1, D), because they are matrices to the optimizer.
+        self.query = nn.ParameterDict({name: drawn_ND[number, None].clone() for number, name in enumerate(tasks)})
+        self.tasks = tuple(tasks)
 
     def forward(self, x_TD: torch.Tensor, sample_T: torch.Tensor, task_B: torch.Tensor) -> torch.Tensor:
         """Pool the tokens of each sample for the task that it belongs to; a sample without tokens gives zeros."""
         num_samples, dim = task_B.shape[0], x_TD.shape[1]
-        query_THd = self.query_ND[task_B][sample_T].view(x_TD.shape[0], self.heads, dim // self.heads)
+        query_ND = torch.cat([self.query[name] for name in self.tasks])
+        query_THd = query_ND[task_B][sample_T].view(x_TD.shape[0], self.heads, dim // self.heads)
         key_THd = self.key(x_TD).view_as(query_THd)
         score_TH = (query_THd * key_THd).sum(-1).float() * (dim // self.heads) ** -0.5
         weight_TH = _segment_softmax(score_TH, sample_T, num_samples).to(x_TD.dtype)
@@ -54,7 +58,7 @@ class Heads(nn.Module):
         place_of = {number: place for group in groups for place, number in enumerate(group)}
         self._pass_N = [place_of[number] for number in range(len(self.tasks))]
         self.register_buffer("task_PN", _tasks_of_passes(groups, self.num_passes), persistent=False)
-        self.pool = Pool(dim, heads, len(self.tasks))
+        self.pool = Pool(dim, heads, [task.name for task in self.tasks])
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.ModuleDict({task.name: nn.Linear(2 * dim, task.outputs) for task in self.tasks})
         for layer in self.linear.values():

@@ -50,7 +50,8 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.tasks = config, tuple(tasks)
         names = [task.name for task in tasks]
-        self.map = ExpertMap.from_config(config.experts.groups, list(specs), names, config.layers)
+        groups, extensions = config.experts.groups, config.extensions
+        self.map = ExpertMap.from_config(groups, list(specs), names, config.layers, extensions)
         self.tokenizers = nn.ModuleDict({name: build_tokenizer(spec, config.dim) for name, spec in specs.items()})
         self.modality_D = nn.ParameterDict({name: torch.randn(config.dim) * 0.2 for name in specs})
         self.position = FourierPosition(config.dim)
@@ -164,6 +165,7 @@ class Model(nn.Module):
         count = self._sizes()
         group = self.groups[self.map.modalities.index(modality)]
         own = [("tokenizers.", modality), ("modality_D.", modality), ("heads.linear.", None), ("members.", group)]
+        own += [("own_norms.", modality)]
         own += [("pretext.", ""), ("scale.", "")]  # for training only: no token of a prediction meets it
         own += [(f"latents.{part}.", group) for part in ("start", "norm", "attention")]
         own += [("missing.", "")]  # what stands in for a modality is met by no token of a signal

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from moemm.config.schema import ModelConfig
 from moemm.models.attention import Attention, AttentionPlan, Backend
 from moemm.models.stream import Stream
-from moemm.models.untied import call, share_groups, tied_or_not
+from moemm.models.untied import call, norm_maker, share_groups
 from moemm.moe import (
     Expert,
     ExpertMap,
@@ -31,12 +31,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, expert_map: ExpertMap, *, layer: int):
         super().__init__()
         dim = config.dim
-        groups = share_groups(expert_map.modalities, config.share)
-        norms, qkv = (groups if part in config.untie else None for part in ("norms", "qkv"))
-        self.attention_norm, self.ffn_norm = (
-            tied_or_not(norms, lambda: _norm(dim)),
-            tied_or_not(norms, lambda: _norm(dim)),
-        )
+        qkv = share_groups(expert_map.modalities, config.share) if "qkv" in config.untie else None
+        norm = norm_maker(config, expert_map.modalities)
+        self.attention_norm, self.ffn_norm = norm(), norm()
         self.attention = Attention(dim, config.heads, num_layers=config.layers, untied=qkv)
         self.dropout = nn.Dropout(config.dropout)
         if config.moe == "dense":
@@ -80,8 +77,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.map, self.bound = expert_map, config.router.kind == "combination"
         self.blocks = nn.ModuleList(Block(config, expert_map, layer=layer) for layer in range(config.layers))
-        groups = share_groups(expert_map.modalities, config.share) if "norms" in config.untie else None
-        self.norm = tied_or_not(groups, lambda: _norm(config.dim))
+        self.norm = norm_maker(config, expert_map.modalities)()
         self.backend_name, self.ordered = config.attention, config.ordered
         self.every_block = config.predict_every_block
         self.recompute = False
@@ -144,10 +140,6 @@ class Trunk(nn.Module):
         if self.ordered:
             return "padded"
         return "nested" if x_TD.is_cuda and x_TD.dtype in (torch.bfloat16, torch.float16) else "padded"
-
-
-def _norm(dim: int) -> nn.Module:
-    return nn.RMSNorm(dim, eps=1e-6)
 
 
 def active_width(config: ModelConfig, expert_map: ExpertMap) -> int:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from moemm.config.layers import parse_layers
-from moemm.config.schema import ExpertGroupConfig
+from moemm.config.schema import ExpertGroupConfig, ExtensionConfig
 from moemm.errors import ConfigError
 
 Kind = Literal["shared", "modality", "routed", "zero", "lora"]
@@ -34,6 +34,7 @@ class Expert:
     modalities, tasks: who may use it; None means all, also those added later.
     layers: where it stands; None means in all.
     base, rank: of a lora expert.
+    added: number of the extension that it came with; 0: it was there from the beginning.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Expert:
     layers: tuple[int, ...] | None = None
     base: str | None = None
     rank: int = 0
+    added: int = 0
 
     @property
     def role(self) -> Role:
@@ -62,6 +64,7 @@ class Expert:
 class ExpertMap:
     """Experts and modalities in a fixed order; tasks where some expert names tasks, else none.
 
+    came: modality -> number of the extension that it came with; those that are not there were there from the beginning.
     Raises ConfigError for an id that stands twice, a lora expert without its base, and a row that some layer leaves
     without any expert.
     """
@@ -70,6 +73,7 @@ class ExpertMap:
     modalities: tuple[str, ...]
     tasks: tuple[str, ...] = ()
     num_layers: int = 1
+    came: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         twice = [name for name, count in Counter(expert.id for expert in self.experts).items() if count > 1]
@@ -80,9 +84,14 @@ class ExpertMap:
 
     @classmethod
     def from_config(
-        cls, groups: Sequence[ExpertGroupConfig], modalities: Sequence[str], tasks: Sequence[str] = (), layers: int = 1
+        cls,
+        groups: Sequence[ExpertGroupConfig],
+        modalities: Sequence[str],
+        tasks: Sequence[str] = (),
+        layers: int = 1,
+        extensions: Sequence[ExtensionConfig] = (),
     ) -> ExpertMap:
-        """The map that `model.experts.groups` describes, for a trunk of `layers` layers.
+        """The map that `model.experts.groups` and `model.extensions` describe, for a trunk of `layers` layers.
 
         Raises ConfigError where a group names a modality or task that the run does not have, and as the class does.
         """
@@ -91,7 +100,8 @@ class ExpertMap:
             _check_names(f"model.experts.groups.{number}.tasks", group.tasks, tasks)
         experts = [expert for made in experts_of_groups(groups, modalities, layers) for expert in made]
         skills = tuple(tasks) if any(expert.tasks is not None for expert in experts) else ()
-        return cls(tuple(experts), tuple(modalities), skills, layers)
+        came = {name: number for number, one in enumerate(extensions, 1) for name in one.modalities}
+        return cls(tuple(experts), tuple(modalities), skills, layers, came)
 
     @property
     def rows(self) -> tuple[tuple[str, str | None], ...]:
@@ -105,7 +115,7 @@ class ExpertMap:
     def at_layer(self, layer: int) -> ExpertMap:
         """The map with the experts of one layer alone."""
         here = tuple(e for e in self.experts if e.layers is None or layer in e.layers)
-        return ExpertMap(tuple(replace(e, layers=None) for e in here), self.modalities, self.tasks)
+        return ExpertMap(tuple(replace(e, layers=None) for e in here), self.modalities, self.tasks, came=self.came)
 
     def of_role(self, role: Role) -> tuple[Expert, ...]:
         """The experts that tokens come to in one way, in order."""
@@ -187,6 +197,7 @@ def _of_group(
             layers=None if len(where) == layers else where,
             base=group.base,
             rank=group.rank or 0,
+            added=group.added,
         )
 
 

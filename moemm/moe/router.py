@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,6 +28,7 @@ class Router(ExactBuffers):
     """
 
     allowed_ME: torch.Tensor
+    columns_SE: torch.Tensor
 
     def __init__(self, dim: int, layer_map: ExpertMap, config: RouterConfig):
         super().__init__()
@@ -37,8 +41,14 @@ class Router(ExactBuffers):
         # Disjoint experts have their modality's row as it is: rows of other modalities would never be looked at.
         self.scopes = list(layer_map.modalities) if config.scope == "modality" else ["all"]
         _check_scope(layer_map, config)
-        learned = self.kind.learned
-        self.rows = nn.ModuleDict({name: _rows(self.ids if learned else [], dim, 0.02) for name in self.scopes})
+        self.pairs = _pairs(layer_map, self.scopes) if self.kind.learned else []
+        flat = [pair for pairs in self.pairs for pair in pairs]
+        self.rows = nn.ModuleDict(
+            {name: _rows([expert for scope, expert in flat if scope == name], dim, 0.02) for name in self.scopes}
+        )
+        column = {pair: number for number, pair in enumerate(flat)}
+        columns = [[column.get((scope, name), 0) for name in self.ids] for scope in self.scopes]
+        self.register_buffer("columns_SE", torch.tensor(columns), persistent=False)
         self.noise = _rows(self.ids, dim, 0.0) if self.kind.noisy else None
         for name in self.ids if config.bias_rate else ():
             self.register_buffer(f"bias_{name}", torch.zeros(()))
@@ -83,22 +93,40 @@ class Router(ExactBuffers):
     def _logits(self, x_TD: torch.Tensor, row_T: torch.Tensor) -> torch.Tensor:
         if not self.kind.learned:
             return x_TD.new_zeros(x_TD.shape[0], len(self.ids))
-        weight_SED = torch.stack([_stack(rows, self.ids, x_TD.dtype) for rows in self.rows.values()])
-        flat_XD = weight_SED.flatten(0, 1)
-        logits_TX = F.linear(x_TD, flat_XD)
-        if self.kind.distance:
-            square_TX = x_TD.square().sum(-1, keepdim=True) + flat_XD.square().sum(-1) - 2 * logits_TX
-            logits_TX = -square_TX.clamp_min(1e-12).sqrt()
+        # Of each extension by themselves: a product with more columns may have other bits in those of before.
+        logits_TX = torch.cat([self._products(x_TD, pairs) for pairs in self.pairs], dim=1)
         if len(self.scopes) == 1:
             return logits_TX
-        scope_T = row_T.div(self.num_tasks, rounding_mode="floor")
-        columns_TE = scope_T[:, None] * len(self.ids) + torch.arange(len(self.ids), device=row_T.device)
-        return logits_TX.gather(1, columns_TE)
+        return logits_TX.gather(1, self.columns_SE[row_T.div(self.num_tasks, rounding_mode="floor")])
+
+    def _products(self, x_TD: torch.Tensor, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+        """(T, number of pairs) logits of pairs of a scope and an expert."""
+        rows = [getattr(self.rows[scope], name) for scope, name in pairs]
+        weight_XD = torch.stack([row.to(x_TD.dtype) for row in rows])
+        logits_TX = F.linear(x_TD, weight_XD)
+        if not self.kind.distance:
+            return logits_TX
+        square_TX = x_TD.square().sum(-1, keepdim=True) + weight_XD.square().sum(-1) - 2 * logits_TX
+        return -square_TX.clamp_min(1e-12).sqrt()
 
 
 def active_experts(config: RouterConfig) -> int | None:
     """Routed experts that a token uses at most; None: all that it may."""
     return config.top_k if config.kind in _ALL else config.top_k or 1
+
+
+def _pairs(layer_map: ExpertMap, scopes: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """The pairs of a scope and a routed expert that have weights, those of each extension together, oldest first.
+
+    A pair comes with the later one of its two. What an extension brings has pairs only where it may be used.
+    """
+    routed = layer_map.of_role("routed")
+    found: dict[int, list[tuple[str, str]]] = {}
+    for scope, expert in itertools.product(scopes, routed):
+        number = max(layer_map.came.get(scope, 0), expert.added)
+        if not number or scope == "all" or expert.serves(scope):
+            found.setdefault(number, []).append((scope, expert.id))
+    return [found[number] for number in sorted(found)]
 
 
 def _rows(ids: list[str], dim: int, deviation: float) -> nn.ParameterDict:

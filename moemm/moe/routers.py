@@ -6,6 +6,7 @@ given; it returns RouteTopk (the fused op's result) or a Routing, from which the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from moemm.config.entry import load_entry
 from moemm.errors import ConfigError
 from moemm.moe.stats import sum_by_row
 from moemm.ops import RouteTopk
+from moemm.ops.reference import even_softmax
 from moemm.ops.route_topk import Kind
 
 P, CAPACITY = 0.5, 1.25
@@ -134,7 +136,7 @@ def route(kind: RouterKind, given: RouteInput, *, entropy: bool) -> Routed:
     else:
         topk = found
     if entropy:
-        prob_TE = given.masked.softmax(-1)
+        prob_TE = even_softmax(given.masked)
         sums["entropy_M"] = _sum(torch.special.entr(prob_TE).sum(-1), given)
     return Routed(topk, **sums)
 
@@ -167,13 +169,13 @@ def noisy(given: RouteInput) -> Routing:
     shaken = replace(given, logits_TE=logits_TE)
     topk, masked_TE = _fused(shaken, "softmax"), shaken.masked
     smooth_TE = None if given.noise_TE is None else _smooth_load(given, masked_TE)
-    return Routing(topk.gates_TK, topk.experts_TK, masked_TE.softmax(-1), smooth_TE)
+    return Routing(topk.gates_TK, topk.experts_TK, even_softmax(masked_TE), smooth_TE)
 
 
 @register_router("top_p")
 def top_p(given: RouteInput) -> Routing:
     """The fewest experts that together hold probability p (arXiv:2403.07652), at most top_k."""
-    prob_TE = given.masked.softmax(-1)
+    prob_TE = even_softmax(given.masked)
     prob_TK, experts_TK = _top(prob_TE, given)
     before_TK = prob_TK.cumsum(-1) - prob_TK
     return Routing(*_keep(prob_TK, experts_TK, before_TK < given.p, given), prob_TE)
@@ -194,7 +196,7 @@ def expert_choice(given: RouteInput) -> Routing:
 
     A token may end with no expert or with many. K is the largest number of experts that a token may use.
     """
-    prob_TE = given.masked.softmax(-1)
+    prob_TE = even_softmax(given.masked)
     wide_MK = given.allowed_ME.int().sort(dim=1, descending=True, stable=True).indices[:, : given.most]
     experts_TK = wide_MK.masked_fill(~given.allowed_ME.gather(1, wide_MK), -1)[given.row_T]
     prob_TK = prob_TE.gather(1, experts_TK.clamp_min(0)) * (experts_TK >= 0)
@@ -212,7 +214,7 @@ def expert_choice(given: RouteInput) -> Routing:
 @register_router("batch_priority")
 def batch_priority(given: RouteInput) -> Routing:
     """Softmax top k under a capacity: the surest tokens first (V-MoE, LIMoE); slots that find no room are dropped."""
-    prob_TE = given.masked.softmax(-1)
+    prob_TE = even_softmax(given.masked)
     prob_TK, experts_TK = _top(prob_TE, given)
     experts_TK = experts_TK.masked_fill(prob_TK == 0, -1)
     order_T = prob_TK[:, 0].detach().argsort(descending=True, stable=True)
@@ -233,7 +235,7 @@ def combination(given: RouteInput) -> Routing:
     assert given.target_T is not None
     topk, masked_TE = _fused(given, "softmax"), given.masked
     binding_T = -masked_TE.log_softmax(-1).gather(1, given.target_T[:, None])[:, 0]
-    return Routing(topk.gates_TK, topk.experts_TK, masked_TE.softmax(-1), binding_T=binding_T)
+    return Routing(topk.gates_TK, topk.experts_TK, even_softmax(masked_TE), binding_T=binding_T)
 
 
 def _fused(given: RouteInput, kind: Kind) -> RouteTopk:
@@ -268,7 +270,9 @@ def _keep(
     kept_TK = kept_TK & (prob_TK > 0)
     gates_TK = prob_TK * kept_TK
     if given.gates == "renormalised":
-        gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(gates_TK.dtype).tiny)
+        # One after the other: the sum's bits must not depend on how many slots without an expert stand behind.
+        total_T1 = functools.reduce(torch.add, gates_TK.split(1, dim=1))
+        gates_TK = gates_TK / total_T1.clamp_min(torch.finfo(gates_TK.dtype).tiny)
     elif given.gates == "straight_through":
         gates_TK = _straight(gates_TK)
     return gates_TK, experts_TK.masked_fill(~kept_TK, -1)

@@ -18,6 +18,19 @@ from moemm.ops import check
 Tensors = tuple[torch.Tensor, ...]
 
 
+LANES = 16
+"""Columns of which torch's softmax makes whole vectors, on every processor."""
+
+
+def even_softmax(logits_TE: torch.Tensor) -> torch.Tensor:
+    """Softmax over experts whose bits do not change where columns of -inf are added behind; (T, E) -> (T, E).
+
+    torch sums a row by vectors and what is left of them, so that its last bits depend on E.
+    """
+    num = logits_TE.shape[1]
+    return F.pad(logits_TE, (0, -num % LANES), value=-torch.inf).softmax(-1)[:, :num]
+
+
 def route_topk(
     logits_TE: torch.Tensor,
     modality_T: torch.Tensor,
@@ -34,7 +47,7 @@ def route_topk(
     allowed_TE = allowed_ME[modality_T]
     exact = torch.promote_types(logits_TE.dtype, torch.float32)
     logits_TE = logits_TE.to(exact).masked_fill(~allowed_TE, -torch.inf)
-    score_TE = torch.softmax(logits_TE, -1) if kind == "softmax" else torch.sigmoid(logits_TE)
+    score_TE = even_softmax(logits_TE) if kind == "softmax" else torch.sigmoid(logits_TE)
     key_TE = logits_TE if bias_E is None else score_TE + bias_E.to(exact)
     key_TE = key_TE.detach().nan_to_num(nan=torch.finfo(exact).min).masked_fill(~allowed_TE, -torch.inf)
     experts_TK = key_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]

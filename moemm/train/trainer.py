@@ -17,7 +17,7 @@ from moemm.checkpoint import Found, Manifest, commit, random_state
 from moemm.checkpoint.manifest import versions
 from moemm.checkpoint.store import load_weights, read_rank, read_weights, write_rank
 from moemm.config import config_hash, to_dict
-from moemm.data.loader import train_loader
+from moemm.data.loader import learning_groups, train_loader
 from moemm.data.sample import PackedBatch
 from moemm.distributed import World, gather_objects
 from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
@@ -168,6 +168,7 @@ class Trainer:
 
     def _start_callbacks(self) -> None:
         catalogue, (total, active) = self.setup.catalogue, self.num_parameters
+        groups = learning_groups(self.config, catalogue)
         info = RunInfo(
             name=self.config.name,
             folder=str(self.setup.folder),
@@ -178,7 +179,7 @@ class Trainer:
             facts={
                 "run": f"{self.config.name} -> {self.setup.folder}",
                 "data": f"{len(self.tasks)} tasks, {len(catalogue.modalities)} modalities, "
-                f"{sum(catalogue.tasks[first].sizes['train'] for first, *_ in catalogue.groups):,} training samples",
+                f"{sum(catalogue.tasks[first].sizes['train'] for first, *_ in groups):,} training samples",
                 "model": f"{total:,} parameters, {active:,} active a token{self._trained()}",
                 "engine": f"{self.world.size} rank(s) on {self.world.device.type}, ZeRO {self.engine.zero_stage}, "
                 f"{self.config.train.precision}",

@@ -72,7 +72,7 @@ def equal_halves(weights: dict[str, torch.Tensor]) -> None:
     for name, value in weights.items():
         if name.startswith("heads.linear.a."):
             value.copy_(0.05 * torch.randn(value.shape, generator=random) if name.endswith("weight") else 0 * value)
-    weights["heads.pool.query_ND"][1] = weights["heads.pool.query_ND"][0]
+    weights["heads.pool.query.b"].copy_(weights["heads.pool.query.a"])
     for name in weights:
         for own, model in (("heads.linear.b.", "heads.linear.a."), ("tokenizers.v.", "tokenizers.u."),
                            ("modality_D.v", "modality_D.u")):  # fmt: skip

@@ -194,6 +194,40 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"tasks": [TASK, TASK | {"name": "again"}]}},
         r"data\.tasks\.1: is the same file, label and modalities as task digits",
     ),
+    "nothing to learn from": (
+        {"data": {"tasks": [TASK | {"learn": False}]}},
+        r"data\.tasks\.0\.learn: is false for each task",
+    ),
+    "a group of an extension that there is not": (
+        {"model": {"experts": groups(SHARED, ROUTED | {"added": 1})}},
+        r"groups\.1\.added: is more than the extensions in model\.extensions, which are 0",
+    ),
+    "groups that do not stand as they came": (
+        {
+            "data": {"tasks": [TASK]},
+            "model": {"extensions": [{"name": "x"}], "experts": groups(SHARED, ROUTED | {"added": 1}, ROUTED)},
+        },
+        r"groups\.2\.added: stands behind a group of extension 1",
+    ),
+    "an extension of a modality that nobody has": (
+        {"data": {"tasks": [TASK]}, "model": {"extensions": [{"name": "x", "modalities": ["sounds"]}]}},
+        r"model\.extensions: name sounds in `modalities`, which this run does not have; did you mean sound\?",
+    ),
+    "an extension of a task that is not there": (
+        {"data": {"tasks": [TASK]}, "model": {"extensions": [{"name": "x", "tasks": ["digit"]}]}},
+        r"model\.extensions: name digit in `tasks`, which this run does not have",
+    ),
+    "a modality that came twice": (
+        {
+            "data": {"tasks": [TASK]},
+            "model": {"extensions": [{"name": "x", "modalities": ["image"]}, {"name": "y", "modalities": ["image"]}]},
+        },
+        r"model\.extensions: have image 2 times in `modalities`",
+    ),
+    "norms of an extension beside untied ones": (
+        {"data": {"tasks": [TASK]}, "model": {"untie": ["norms"], "extensions": [{"name": "x", "norms": True}]}},
+        r"model\.extensions: `norms` has no meaning with `model\.untie: \[norms\]`",
+    ),
     "a task that is a path": ({"data": {"tasks": [TASK | {"name": "a/b"}]}}, r"tasks\.0\.name: .* no / and no dot"),
     "joint labels of one task": (
         {"data": {"tasks": [TASK], "joint_labels": True}},

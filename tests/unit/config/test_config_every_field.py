@@ -21,7 +21,7 @@ from moemm.errors import ConfigError
 GIVEN: dict[str, Any] = {
     "data": {"tasks": [{"name": "a", "file": "a.h5"}]},
     "modalities": {"image": {}},
-    "model": {"experts": {"groups": [{"kind": "shared", "width": 8}]}},
+    "model": {"experts": {"groups": [{"kind": "shared", "width": 8}]}, "extensions": [{"name": "b"}]},
     "train": {"epochs": 2},
 }
 WRONG = {

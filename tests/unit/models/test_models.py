@@ -170,14 +170,15 @@ def test_dense_has_the_active_width_of_sparse() -> None:
 
 def test_pool_is_a_softmax_over_the_tokens_of_each_sample() -> None:
     torch.manual_seed(0)
-    pool = Pool(8, 2, num_tasks=3)
-    torch.nn.init.normal_(pool.query_ND)
+    pool = Pool(8, 2, tasks=["a", "c", "b"])
+    for query in pool.query.values():
+        torch.nn.init.normal_(query)
     sample_T = torch.tensor([0, 2, 0, 2, 2, 0])
     x_TD, task_B = torch.randn(6, 8), torch.tensor([1, 0, 2])
     pooled = pool(x_TD, sample_T, task_B)
     for sample in (0, 2):
         x = x_TD[sample_T == sample]
-        query = pool.query_ND[task_B[sample]].view(2, 4)
+        query = pool.query["acb"[task_B[sample]]].view(2, 4)
         key, value = pool.key(x).view(-1, 2, 4), pool.value(x).view(-1, 2, 4)
         weight = torch.softmax((key * query).sum(-1) / 2.0, 0)
         expected = torch.cat([(weight[..., None] * value).sum(0).flatten(), x.mean(0)])
@@ -194,7 +195,8 @@ def heads_of(*drawn_with: str | None) -> Heads:
     ]
     torch.manual_seed(0)
     heads = Heads(tasks, 8, 2, dropout=0.5)
-    torch.nn.init.normal_(heads.pool.query_ND)
+    for query in heads.pool.query.values():
+        torch.nn.init.normal_(query)
     return heads
 
 

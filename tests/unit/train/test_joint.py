@@ -57,7 +57,8 @@ def made(loaded: LoadedConfig) -> tuple[Catalogue, Model]:
     catalogue, specs = learn_modalities(loaded)
     torch.manual_seed(0)
     model = build_model(loaded.config.model, specs=specs, tasks=catalogue.tasks)
-    torch.nn.init.normal_(model.heads.pool.query_ND)  # the queries must differ for this to mean anything
+    for query in model.heads.pool.query.values():
+        torch.nn.init.normal_(query)  # the queries must differ for this to mean anything
     return catalogue, model
 
 
@@ -108,7 +109,7 @@ def test_a_joint_batch_is_two_batches_of_the_same_samples(load: Load, name: str)
     torch.stack(list(losses.values())).sum().backward()
     for one in apart_losses:
         torch.stack(list(one.values())).sum().backward()
-    assert model.heads.pool.query_ND.grad.abs().sum(1).min() > 0
+    assert min(query.grad.abs().sum() for query in model.heads.pool.query.values()) > 0
     for (key, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, atol=2e-5, rtol=1e-4, msg=lambda text, k=key: k + text)
 

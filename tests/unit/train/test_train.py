@@ -56,6 +56,17 @@ def weights(folder: Path) -> bytes:
     return (newest / "model.safetensors").read_bytes()
 
 
+def test_a_task_that_does_not_learn_is_scored_and_never_drawn(config: Any, tmp_path: Path) -> None:
+    tasks = [{"name": "shapes", "file": "shapes.h5", "learn": False}, {"name": "tones", "file": "tones.h5"}]
+    loaded = config(
+        data={"root": config().config.data.root, "num_workers": 0, "tasks": tasks}, train={"epochs": 1.0, "steps": None}
+    )
+    summary = train(loaded)
+    assert summary["steps"] == 6, "48 samples of tones alone are an epoch"
+    assert set(summary["tasks"]) == {"shapes", "tones"}
+    assert all(set(line["losses"]) == {"tones"} for line in lines(tmp_path / "run"))
+
+
 def test_run_leaves_everything_behind(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = config(train={"steps": 8, "log_every": 3, "eval_every": 4, "checkpoint": {"every": 2, "keep": 2}})
     summary = train(loaded)
