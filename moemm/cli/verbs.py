@@ -52,6 +52,11 @@ VERBS: dict[str, Verb] = {
         target="moemm.cli.merge:Merge",
         help="average runs into one, or experts into fewer",
     ),
+    "upcycle": Verb(
+        usage="RUN|FILE...",
+        target="moemm.cli.upcycle:Upcycle",
+        help="from dense to sparse, or to more experts, with a proof",
+    ),
     "report": Verb(
         usage="RUN",
         target="moemm.cli.report:Report",

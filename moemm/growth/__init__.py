@@ -3,5 +3,17 @@
 from moemm.growth.grown import Base, read_base, write_grown
 from moemm.growth.merging import merge
 from moemm.growth.receipt import Proof, Receipt, Size, read_receipt
+from moemm.growth.upcycling import Wanted, upcycle
 
-__all__ = ["Base", "Proof", "Receipt", "Size", "merge", "read_base", "read_receipt", "write_grown"]
+__all__ = [
+    "Base",
+    "Proof",
+    "Receipt",
+    "Size",
+    "Wanted",
+    "merge",
+    "read_base",
+    "read_receipt",
+    "upcycle",
+    "write_grown",
+]
