@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moemm.errors import MoemmError as MoemmError
     from moemm.evaluate import evaluate_run as evaluate_run
     from moemm.growth import merge as merge
+    from moemm.growth import upcycle as upcycle
     from moemm.harmonize import register_harmonizer as register_harmonizer
     from moemm.modalities import register_modality as register_modality
     from moemm.models import build_model as build_model
@@ -47,6 +48,7 @@ _PUBLIC = {
     "register_objective": ("moemm.objectives", "register_objective"),
     "register_router": ("moemm.moe", "register_router"),
     "train_run": ("moemm.train", "train"),  # not "train": that is the subpackage
+    "upcycle": ("moemm.growth", "upcycle"),
     "validate_file": ("moemm.data", "validate_file"),
     "write_file": ("moemm.data", "write_file"),
 }

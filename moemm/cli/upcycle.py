@@ -22,8 +22,8 @@ class Upcycle:
     """
 
     sources: Annotated[Positional[tuple[Path, ...]], arg(name="sources", metavar="RUN|FILE...")]
-    """Folder of a dense run (of several, for branch; of a sparse one, for expand); with --rules a safetensors file, or a
-    folder of them."""
+    """Folder of a dense run (of several, for branch; of a sparse one, for expand); with --rules a safetensors file, or
+    a folder of them."""
     method: Literal["copy", "noise", "modality", "virtual", "drop", "branch", "expand"] = "copy"
     """copy: equal copies. noise: with noise on each. modality: one for each modality. virtual: cut into shards, a group
     of which is used together. drop: part of each copy drawn anew. branch: one from each of several runs. expand: more

@@ -63,7 +63,7 @@ def importance(model: Model, batches: Sequence[PackedBatch]) -> dict[str, float]
         for layer in model.trunk.routed_layers.values():
             for name in [name for name in layer.experts if name in found]:
                 parts = [p for p in layer.experts[name].parameters() if p.grad is not None]
-                found[name] += sum(float((p.grad * p).abs().sum()) for p in parts if p.grad is not None)
+                found[name] += sum(float((p.grad * p.detach()).abs().sum()) for p in parts if p.grad is not None)
     model.zero_grad(set_to_none=True)
     return found
 

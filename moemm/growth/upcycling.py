@@ -201,6 +201,8 @@ def _prepare(paths: Sequence[Path], wanted: Wanted, tell: Tell) -> tuple[Start, 
 
 def check_options(paths: Sequence[Path], wanted: Wanted) -> None:
     """Refuse options that the method does not have, and values out of range. Raises ConfigError."""
+    if not paths:
+        raise ConfigError("moemm upcycle: no run was given; usage: moemm upcycle RUN --method copy")
     for name, methods in _OPTIONS.items():
         if getattr(wanted, name) is not None and wanted.method not in methods:
             flag = f"--{name.replace('_', '-')}"
@@ -304,7 +306,8 @@ def from_dense(start: Start, wanted: Wanted, output: Path) -> Made:
     changed = told(layers, dealt, model.map)
     changed += [*_told_router(model, config, routes, before, tied), *taken.lines()]
     details = {"granularity": routes.shards, "gates": config.model.router.gates}
-    return Made(config=config, model=model.eval(), changed=changed, exact=wanted.method in PRESERVING, details=details)
+    exact = wanted.method in PRESERVING
+    return Made(config=config, model=model.eval(), changed=changed, exact=exact, gains_limits=True, details=details)
 
 
 def _dealt(model: Model, layers: Sequence[DenseLayer], config: Config, wanted: Wanted) -> tuple[Routes, list[Dealt]]:
