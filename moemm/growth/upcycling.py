@@ -39,6 +39,7 @@ from moemm.growth.probe import (
 from moemm.growth.receipt import Proof, Receipt, lineage
 from moemm.growth.rules import apply_rules
 from moemm.models import Model
+from moemm.plugins import load_plugins
 
 Method = Literal["copy", "noise", "modality", "virtual", "drop", "branch", "expand"]
 PRESERVING = ("copy", "modality", "virtual")
@@ -137,16 +138,23 @@ class Made:
     proofs: list[Proof] = field(default_factory=list)
 
 
-def upcycle(sources: Path | str | Sequence[Path | str], wanted: Wanted = Wanted(), *, tell: Tell = print) -> Receipt:
+def upcycle(
+    sources: Path | str | Sequence[Path | str],
+    wanted: Wanted | None = None,
+    *,
+    tell: Tell = lambda line: None,
+    **options: Any,
+) -> Receipt:
     """Make a run of sparse experts from a dense run (or a sparse one, or a foreign file) and write it with a receipt.
 
-    sources: run folders; several for `branch`; with `rules` a safetensors file or a folder of them. tell: gets a line
-    for each stage. Returns the receipt that stands in the new folder.
+    sources: run folders; several for `branch`; with `rules` a safetensors file or a folder of them. options: fields of
+    `wanted`, given one by one. tell: gets a line for each stage. Returns the receipt that stands in the new folder.
     Raises ConfigError: options that do not fit, widths that cannot hold the dense network, an output that holds a run.
     CheckpointError: no complete checkpoint, files that could run code, names that no rule covers. DataError: no data
     to measure on.
     """
     paths = [Path(one) for one in ([sources] if isinstance(sources, str | Path) else sources)]
+    wanted = _with_paths(replace(wanted or Wanted(), **options))
     check_options(paths, wanted)
     output = wanted.output or Path(f"{str(paths[0]).rstrip('/')}-{wanted.method}")
     check_target(output)
@@ -164,6 +172,13 @@ def upcycle(sources: Path | str | Sequence[Path | str], wanted: Wanted = Wanted(
     tell(f"writing {output}")
     write_grown(loaded, start.catalogue, start.specs, made.model, receipt)
     return receipt
+
+
+def _with_paths(wanted: Wanted) -> Wanted:
+    recipe, rules, output = (
+        None if value is None else Path(value) for value in (wanted.recipe, wanted.rules, wanted.output)
+    )
+    return replace(wanted, recipe=recipe, rules=rules, output=output)
 
 
 Make = Callable[[Path, list[PackedBatch]], Made]
@@ -232,9 +247,13 @@ def target_config(start: Config, wanted: Wanted, output: Path, groups: Sequence[
     own, and where model and data contradict each other.
     """
     if wanted.recipe is not None:
-        recipe = load_config(wanted.recipe).config
+        loaded = load_config(wanted.recipe)
+        load_plugins(loaded)  # a router of the user's own, say
+        recipe = loaded.config
         _check_shape(start, recipe, wanted.recipe)
-        config = replace(start, name=recipe.name, model=recipe.model, train=recipe.train)
+        own = [str(file.resolve()) for file in loaded.plugin_files]
+        plugins = start.plugins + [file for file in own if file not in start.plugins]
+        config = replace(start, name=recipe.name, model=recipe.model, train=recipe.train, plugins=plugins)
     else:
         top_k = (wanted.top_k or 1) * (wanted.granularity or 1) if any(g.kind == "routed" for g in groups) else None
         gates: Gates = "raw" if top_k is None else "straight_through"

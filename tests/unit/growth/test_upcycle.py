@@ -50,6 +50,7 @@ def recipe(folder: Path, **model: Any) -> Path:
     return folder / "tiny.yaml"
 
 
+POOL = {"kind": "routed", "count": 4}
 EXPERTS = "trunk.blocks.{}.ffn.experts.{}.w{}"
 
 
@@ -206,7 +207,25 @@ def test_the_command_line(dense: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_it_is_public(dense: Path, tmp_path: Path) -> None:
-    assert moemm.upcycle is upcycle
+    receipt = moemm.upcycle(str(dense), method="modality", output=str(tmp_path / "out"))
+    assert receipt.ok and receipt.operation == "upcycle modality" and (tmp_path / "out" / "receipt.json").is_file()
+    with pytest.raises(TypeError, match="metod"):
+        moemm.upcycle(str(dense), metod="copy")
+
+
+def test_a_router_of_ones_own(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe's plugins come along."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    name = f"mine_{tmp_path.name.lower().replace('-', '_')}"
+    plugin = tmp_path / "own.py"
+    plugin.write_text(
+        f"import moemm\nfrom moemm.moe.routers import softmax\nmoemm.register_router('{name}')(softmax)\n"
+    )
+    path = recipe(tmp_path / "r", **TRUNK, router={"kind": name}, experts={"groups": [{**POOL, "width": WIDTH}]})
+    path.write_text(f"plugins: [../own.py]\n{path.read_text()}")
+    receipt, _ = grown(dense, tmp_path / "out", recipe=path)
+    config = load_config(tmp_path / "out" / "config.yaml").config
+    assert receipt.ok and config.model.router.kind == name and len(config.plugins) == 1
 
 
 @pytest.mark.parametrize(
