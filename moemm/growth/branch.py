@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -20,18 +20,18 @@ from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
 from moemm.data.sample import PackedBatch
 from moemm.errors import ConfigError
+from moemm.growth.alike import first_difference
 from moemm.growth.deal import Portion
 from moemm.growth.dense import NETWORK, DenseLayer, Units, dense_layers
 from moemm.growth.grown import Base, Specs, fresh_model
 from moemm.growth.receipt import lineage
-from moemm.growth.rules import Rule, Tensors, To, Transform, apply_rules
+from moemm.growth.rules import Rule, Tensors, To, apply_rules
 from moemm.growth.upcycling import Made, Start, Wanted, settled
 from moemm.modalities import ModalitySpec
 from moemm.models import Model
+from moemm.train.init import OF_THE_RUN
 
-_OF_THE_RUN = ("fork.{rest*}", "settler.{rest*}", "scale.{rest*}", "pretext.objectives.contrastive.noise.{rest*}")
-"""What a run knows of how its own losses went."""
-_QUERY = "heads.pool.query_ND"
+_OF_THE_RUN = tuple(f"{prefix}{{rest*}}" for prefix in OF_THE_RUN)
 _SAME = ("model", "objectives", "harmonize")
 
 
@@ -55,7 +55,7 @@ def join_runs(bases: Sequence[Base]) -> Start:
     specs = _specs(bases, catalogue)
     model = fresh_model(config, catalogue, specs)
     source = _named(bases)
-    rules = [*_mean_rules(bases, catalogue, model.state_dict()), *_run_rules()]
+    rules = [*_mean_rules(bases, model.state_dict()), *_run_rules()]
     weights, taken = apply_rules(rules, source, model.state_dict())
     model.load_state_dict(weights)
     return Start(
@@ -82,7 +82,7 @@ def branch(bases: Sequence[Base], start: Start, wanted: Wanted, output: Path, ba
     config = replace(start.config, model=sparse, train=replace(start.config.train, output=str(output)))
     config = settled(config)
     model = fresh_model(config, start.catalogue, start.specs)
-    rules = [*_expert_rules(layers, model), *_mean_rules(bases, start.catalogue, model.state_dict())]
+    rules = [*_expert_rules(layers, model), *_mean_rules(bases, model.state_dict())]
     weights, _ = apply_rules([*rules, *_run_rules()], _named(bases), model.state_dict())
     model.load_state_dict(weights)
     changed = [f"routed_{n} holds the dense network of {base.run.folder}" for n, base in enumerate(bases)]
@@ -101,14 +101,12 @@ def _expert_rules(layers: Sequence[Sequence[DenseLayer]], model: Model) -> Itera
                 yield Rule(sources, (To(f"{place}.{matrix}", Units(Portion(0, network.units), matrix, halves, place)),))
 
 
-def _mean_rules(bases: Sequence[Base], catalogue: Catalogue, target: Tensors) -> Iterator[Rule]:
-    """Each tensor of the target that some run has, by the mean over those runs; a query by the runs with its task."""
+def _mean_rules(bases: Sequence[Base], target: Tensors) -> Iterator[Rule]:
+    """Each tensor of the target that some run has, by the mean over those runs."""
     for name, value in target.items():
-        owners = [n for n, base in enumerate(bases) if name in base.weights and not _of_the_run(name)]
+        owners = [n for n, base in enumerate(bases) if name in base.weights and not name.startswith(OF_THE_RUN)]
         sources = tuple(f"run{n}.{name}" for n in owners)
-        if name == _QUERY:
-            yield Rule(sources, (To(name, _queries(bases, catalogue)),))
-        elif sources and all(bases[n].weights[name].shape == value.shape for n in owners):
+        if sources and all(bases[n].weights[name].shape == value.shape for n in owners):
             yield Rule(sources, (To(name, _mean),))
 
 
@@ -120,10 +118,6 @@ def _run_rules() -> Iterator[Rule]:
     yield Rule((), (To("missing.rows.{a}.{b}"),), "no run had both modalities")
 
 
-def _of_the_run(name: str) -> bool:
-    return name.startswith(tuple(one.removesuffix("{rest*}") for one in _OF_THE_RUN))
-
-
 def _named(bases: Sequence[Base]) -> dict[str, torch.Tensor]:
     """All weights, as run0.NAME, run1.NAME ..."""
     return {f"run{n}.{name}": value for n, base in enumerate(bases) for name, value in base.weights.items()}
@@ -132,19 +126,6 @@ def _named(bases: Sequence[Base]) -> dict[str, torch.Tensor]:
 def _mean(sources: Sequence[torch.Tensor], fresh: torch.Tensor) -> torch.Tensor:
     del fresh
     return torch.stack([source.double() for source in sources]).mean(0)
-
-
-def _queries(bases: Sequence[Base], catalogue: Catalogue) -> Transform:
-    places = [{task.name: n for n, task in enumerate(base.run.catalogue.tasks)} for base in bases]
-
-    def queries(sources: Sequence[torch.Tensor], fresh: torch.Tensor) -> torch.Tensor:
-        rows = []
-        for task in catalogue.tasks:
-            own = [q[place[task.name]] for q, place in zip(sources, places, strict=True) if task.name in place]
-            rows.append(_mean(own, fresh))
-        return torch.stack(rows)
-
-    return queries
 
 
 def _joint_data(bases: Sequence[Base]) -> DataConfig:
@@ -176,10 +157,13 @@ def _specs(bases: Sequence[Base], catalogue: Catalogue) -> Specs:
     found: dict[str, ModalitySpec] = {}
     for base in bases:
         for name, spec in base.run.specs.items():
-            if name in found and found[name] != spec:
+            other = first_difference(asdict(found.get(name, spec)), asdict(spec), name)
+            if other is not None:
+                place, before, now = other
                 raise ConfigError(
-                    f"modality {name} has another tokenizer or other statistics in {base.run.folder} than in "
-                    f"{bases[0].run.folder}\n  to do: train the runs from one start, which `train.init` takes over"
+                    f"modality {name} has another tokenizer or other statistics in {base.run.folder}: {place} is {now}, "
+                    f"and {before} in the runs before it\n"
+                    "  to do: train the runs from one start, which `train.init` takes over"
                 )
             found[name] = spec
     return {info.name: found[info.name] for info in catalogue.modalities}

@@ -137,6 +137,7 @@ def _scale(config: Config, factor: int) -> float:
 
 def _rules(model: Model, copies: Copies, scale: float) -> Iterator[Rule]:
     """Weights, router rows and biases of every routed expert to its copies, all else as it is."""
+    known = set(model.state_dict())
     for number, layer in model.trunk.routed_layers.items():
         prefix = NETWORK.format(number)
         for expert in (e for e in layer.map.of_role("routed") if e.id in copies):
@@ -145,7 +146,7 @@ def _rules(model: Model, copies: Copies, scale: float) -> Iterator[Rule]:
                 for matrix, change in (("w1_FD", as_it_is), ("w2_DF", _times(scale))):
                     targets = tuple(To(f"{prefix}.experts.{name}.{matrix}", change) for name in names)
                     yield Rule((f"{prefix}.experts.{expert.id}.{matrix}",), targets)
-            for place in _places(layer.router, prefix):
+            for place in (one for one in _places(layer.router, prefix) if f"{one}{expert.id}" in known):
                 yield Rule((f"{place}{expert.id}",), tuple(To(f"{place}{name}") for name in names))
     yield Rule(("{rest*}",), (To("{rest*}"),))
 

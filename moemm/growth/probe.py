@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from moemm.config import Config
-from moemm.data import train_loader
-from moemm.data.catalogue import Catalogue
 from moemm.data.sample import PackedBatch
 from moemm.growth.deal import ALL
-from moemm.growth.grown import Specs
-from moemm.modalities import prepare_functions
 from moemm.models import Model
 from moemm.moe import MoELayer, Router
 from moemm.objectives import supervised_losses
@@ -27,17 +21,6 @@ GRADIENT = 1e-5
 """Least norm of a router's gradient over that of its experts': under it there is nothing but rounding."""
 LIMITED = ("expert_choice", "batch_priority")
 """Router kinds with a capacity."""
-
-
-def probe_batches(
-    config: Config, catalogue: Catalogue, specs: Specs, *, samples: int, number: int = 1
-) -> list[PackedBatch]:
-    """The first batches of the training mixture, with all labels and all modalities. Raises DataError."""
-    data = replace(config.data, num_workers=0, label_share=1.0, modality_dropout=0.0)
-    data = replace(data, modality_dropout_start=None, modality_dropout_over=None)
-    plan = replace(config, data=data, train=replace(config.train, batch_size=samples, accumulation=1))
-    with train_loader(catalogue, plan, prepare=prepare_functions(specs)) as loader:
-        return list(itertools.islice(loader, number))
 
 
 @torch.no_grad()

@@ -31,13 +31,13 @@ from moemm.growth.probe import (
     EXACT,
     GRADIENT,
     lifted,
-    probe_batches,
     relative_error,
     router_gradient,
     seen,
 )
 from moemm.growth.receipt import Proof, Receipt, lineage
 from moemm.growth.rules import apply_rules
+from moemm.growth.samples import mixture_batches
 from moemm.models import Model
 from moemm.plugins import load_plugins
 
@@ -45,7 +45,7 @@ Method = Literal["copy", "noise", "modality", "virtual", "drop", "branch", "expa
 PRESERVING = ("copy", "modality", "virtual")
 """Methods after which the model computes what it did, as far as its router lets it."""
 OPTIMIZER = "not kept: its moments are those of other parameters; training begins with new ones"
-_SHAPING = ("dim", "heads", "layers", "activation", "latents", "ordered", "missing")
+_SHAPING = ("dim", "heads", "layers", "activation", "latents", "ordered", "missing", "extensions")
 """Keys of `model` that a recipe may not change: the weights would mean something else, or some would be missing."""
 Tell = Callable[[str], None]
 
@@ -159,7 +159,7 @@ def upcycle(
     output = wanted.output or Path(f"{str(paths[0]).rstrip('/')}-{wanted.method}")
     check_target(output)
     start, make = _prepare(paths, wanted, tell)
-    batches = probe_batches(start.config, start.catalogue, start.specs, samples=wanted.samples)
+    batches = mixture_batches(start.config, start.catalogue, start.specs, wanted.samples, size=wanted.samples)
     made = make(output, batches)
     made.proofs += proofs_of(start.model, made, batches)
     receipt = Receipt(

@@ -13,7 +13,8 @@ from moemm.config import load_config
 from moemm.errors import ConfigError
 from moemm.growth import Receipt, Wanted, upcycle
 from moemm.growth.expand import importance
-from moemm.growth.probe import probe_batches, task_loss
+from moemm.growth.probe import task_loss
+from moemm.growth.samples import training_batches
 from moemm.train import load_run
 
 POOL = {"kind": "routed", "count": 3, "width": 8}
@@ -63,7 +64,7 @@ def test_copies_are_copies(uneven: Path, tmp_path: Path) -> None:
 
 def test_importance_is_gradient_times_weight(uneven: Path) -> None:
     run = load_run(uneven)
-    batches = probe_batches(run.config, run.catalogue, run.specs, samples=16, number=2)
+    batches = training_batches(run, 32, size=16)
     found = importance(run.model, batches)
     expected = dict.fromkeys(found, 0.0)
     for batch in batches:

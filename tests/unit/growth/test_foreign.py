@@ -22,7 +22,7 @@ from moemm.cli.app import main
 from moemm.errors import CheckpointError, ConfigError, DataError
 from moemm.growth import Wanted, read_receipt, upcycle
 from moemm.growth.foreign import read_tensors
-from moemm.growth.probe import probe_batches
+from moemm.growth.samples import training_batches
 from moemm.models import Model
 from moemm.testing.tiny import tiny_config
 from moemm.train import load_run
@@ -96,7 +96,7 @@ def test_patches_are_embedded_as_there(tmp_path: Path) -> None:
     upcycle(vit, Wanted(rules=RULES, recipe=recipe(tmp_path), output=out), tell=lambda line: None)
     source, run = read_tensors(vit), load_run(out)
     assert isinstance(run.model, Model)
-    (batch,) = probe_batches(run.config, run.catalogue, run.specs, samples=8)
+    (batch,) = training_batches(run, 8, size=8)
     tokenizer: Any = run.model.tokenizers["image"]
     pixels = (batch.modalities["image"].fields["data"].float() - tokenizer.mean_C) / tokenizer.deviation_C
     embedding = "embeddings.patch_embeddings.projection"

@@ -13,7 +13,8 @@ from moemm.config import Config, LoadedConfig, load_config, to_yaml
 from moemm.data.catalogue import Catalogue
 from moemm.data.sample import PackedBatch
 from moemm.growth.grown import Specs, fresh_model
-from moemm.growth.probe import EXACT, probe_batches
+from moemm.growth.probe import EXACT
+from moemm.growth.samples import mixture_batches
 from moemm.growth.upcycling import Start, Wanted, from_dense, proofs_of
 from moemm.moe import ExpertMap, active_experts
 from moemm.train.setup import learn_modalities
@@ -31,7 +32,7 @@ def known_of(recipe: str) -> Known:
     """Tasks and modalities of a recipe's data, and 24 samples of it."""
     loaded = load_config(ROOT / "configs" / "recipes" / f"{recipe}.yaml")
     catalogue, specs = learn_modalities(loaded)
-    return catalogue, specs, probe_batches(loaded.config, catalogue, specs, samples=24)
+    return catalogue, specs, mixture_batches(loaded.config, catalogue, specs, 24, size=24)
 
 
 def with_top_k(path: Path, top_k: int) -> Config:
