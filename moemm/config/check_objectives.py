@@ -81,6 +81,23 @@ def _noise(config: Config) -> Iterator[Problem]:
         yield Problem(path=(*ROOT, "contrastive", "noisy_from"), message=message, given=given.noisy_from)
 
 
+def _bags(config: Config) -> Iterator[Problem]:
+    given = config.objectives.contrastive
+    wanted = is_on(given) and given.loss == "mil_nce"
+    for number, task in enumerate(config.data.tasks):
+        path: KeyPath = ("data", "tasks", number)
+        if task.bags is not None and not wanted:
+            message = "has no meaning without `objectives.contrastive` of loss mil_nce"
+            yield Problem(path=(*path, "bags"), message=message, given=task.bags)
+        if task.together is not None and task.bags is None:
+            message = "has no meaning without `bags`, which says what belongs together"
+            yield Problem(path=(*path, "together"), message=message, given=task.together)
+    if wanted and all(task.bags is None for task in config.data.tasks):
+        message = "has no bags: without them it is infonce; say under a task which samples are of one thing"
+        allowed = "infonce, siglip; or `bags: group` (or an integer label of the file) under a task"
+        yield Problem(path=(*ROOT, "contrastive", "loss"), message=message, given=given.loss, allowed=allowed)
+
+
 def _latents(config: Config) -> Iterator[Problem]:
     names = label_free(config.objectives)
     if names and config.model.latents:
@@ -132,6 +149,7 @@ OBJECTIVE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _masked,
     _pairs,
     _noise,
+    _bags,
     _latents,
     _missing,
     _replaced,

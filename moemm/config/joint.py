@@ -12,7 +12,7 @@ from moemm.config.schema import Config, DataConfig, TaskConfig
 def joint_groups(data: DataConfig) -> list[list[TaskConfig]]:
     """The tasks that share each sample, the first of them draws it; each task alone without `data.joint_labels`.
 
-    Together are those of equal file, rename and modalities, as the configuration writes them (in any order).
+    Together are those of equal file, rename, modalities and bags, as the configuration writes them (in any order).
     """
     if not data.joint_labels:
         return [[task] for task in data.tasks]
@@ -25,14 +25,14 @@ def joint_groups(data: DataConfig) -> list[list[TaskConfig]]:
 def samples_of(task: TaskConfig) -> tuple[object, ...]:
     """What decides the samples of a task: all but its label, name and weight."""
     modalities = None if task.modalities is None else tuple(sorted(task.modalities))
-    return os.path.normpath(task.file), modalities, tuple(sorted(task.rename.items()))
+    return os.path.normpath(task.file), modalities, tuple(sorted(task.rename.items())), task.bags, task.together
 
 
 def check_joint(config: Config) -> Iterator[Problem]:
     """Joint labels that join nothing, and experts that ask which one task a sample is of."""
     data, joint = config.data, [group for group in joint_groups(config.data) if len(group) > 1]
     if data.joint_labels and not joint:
-        message = f"joins nothing: no two tasks have the same file, rename and modalities{_nearly(data)}"
+        message = f"joins nothing: no two tasks have the same file, rename, modalities and bags{_nearly(data)}"
         allowed = "false, or two tasks that differ in name and label alone"
         yield Problem(path=("data", "joint_labels"), message=message, given=True, allowed=allowed)
     for number, group in enumerate(config.model.experts.groups):
@@ -50,5 +50,5 @@ def _nearly(data: DataConfig) -> str:
     for task in data.tasks:
         other = first.setdefault(os.path.normpath(task.file), task)
         if other is not task:
-            return f" ({other.name} and {task.name} share {task.file}, but differ in rename or modalities)"
+            return f" ({other.name} and {task.name} share {task.file}, but differ in rename, modalities or bags)"
     return ""

@@ -36,6 +36,12 @@ class TaskConfig:
     """Factor on this task's loss."""
     learn: bool = True
     """Whether its training samples are drawn; with false it has a head and is scored, and that is all."""
+    bags: Annotated[str, MinLen(1)] | None = None
+    """For `objectives.contrastive.loss: mil_nce`: data set of the file, `group` or an integer label, whose equal values
+    mark samples of one thing, such as a clip with several captions. Each sample is its own when not given."""
+    together: Count | None = None
+    """With `bags`: how many samples of a bag are drawn one after the other, so that they meet in a batch: 5 when not
+    given; 1 draws them as if there were no bags."""
 
 
 @dataclass(kw_only=True)
@@ -300,9 +306,10 @@ class MaskedConfig(ObjectiveConfig):
 class ContrastiveConfig(ObjectiveConfig):
     """Contrastive alignment: each modality of a sample, encoded alone, finds the sample's other modalities."""
 
-    loss: Literal["infonce", "siglip"] = "infonce"
+    loss: Literal["infonce", "siglip", "mil_nce"] = "infonce"
     """`infonce`: softmax over the samples of all ranks (arXiv:1807.03748). `siglip`: sigmoid on each pair of samples
-    (arXiv:2303.15343)."""
+    (arXiv:2303.15343). `mil_nce`: infonce that finds any sample of the same bag (arXiv:1912.06430), see `bags` of a
+    task."""
     temperature: Positive = 0.1
     """Temperature at the start; it is learned."""
     pairs: Annotated[list[list[str]], MinLen(1)] | None = None

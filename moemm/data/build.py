@@ -19,6 +19,8 @@ from moemm.data.limits import NAME, printable
 from moemm.data.shared import no_modality, open_shared
 from moemm.errors import ConfigError, DataError
 
+TOGETHER = 5
+"""Samples of a bag that are drawn one after the other, when the task does not say: as many as MIL-NCE's candidates."""
 _ALIKE = ("kind", "ragged", "shape", "dtype", "num_names", "cat_names", "cat_sizes")
 """What modalities of one name must agree in."""
 _ALIKE_IF_KNOWN = ("rate_hz", "layout", "unit", "channels")
@@ -103,7 +105,11 @@ def _task(entry: TaskConfig, file: DataFile, chosen: Mapping[str, str]) -> TaskI
         class_names=label.class_names,
         weight=entry.weight,
         stored=tuple(chosen.values()),
+        bags=entry.bags,
+        together=1 if entry.bags is None else entry.together or TOGETHER,
     )
+    if entry.bags is not None:
+        file.bags(entry.bags)  # refuses what the file lacks
     for split in ("train", "val"):
         if not task.sizes[split]:
             counts = ", ".join(f"{name} {number}" for name, number in task.sizes.items())

@@ -40,6 +40,8 @@ class TaskInfo:
     stored: the names of the same modalities in the file; empty where they are the same.
     sizes: split name -> number of samples.
     drawn_with: the task whose samples bring this one's label along (`data.joint_labels`); None: it draws its own.
+    bags: data set of the file whose equal values mark samples of one thing, of which `together` are drawn one after the
+        other; None: each is its own.
     """
 
     name: str
@@ -54,6 +56,8 @@ class TaskInfo:
     weight: float = 1.0
     stored: tuple[str, ...] = ()
     drawn_with: str | None = None
+    bags: str | None = None
+    together: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from moemm.data.catalogue import SPLITS, Catalogue, TaskInfo
 from moemm.data.file import DataFile
 from moemm.data.limits import refusal
 from moemm.data.sample import Sample
-from moemm.data.shared import find_task, open_shared
+from moemm.data.shared import find_task, numbered, open_shared
 from moemm.errors import ConfigError
 
 
@@ -33,6 +33,9 @@ class SplitDataset:
         self._names = [(run, name) for run, name in zip(self.task.modalities, stored, strict=True) if run not in drop]
         self._file: DataFile | None = None
         self._indices: np.ndarray | None = None
+        self._bags: np.ndarray | None = None
+        columns = [(one.file, one.bags) for one in catalogue.tasks]
+        self._source = columns.index((self.task.file, self.task.bags))
 
     def __len__(self) -> int:
         return self.task.sizes[self.split]
@@ -42,7 +45,8 @@ class SplitDataset:
         values = ((run, self.file.read(name, index)) for run, name in self._names)
         modalities = {run: value for run, value in values if value is not None}
         others = {task.name: self._target(task, index) for task in self._others}
-        return Sample(self.task.name, index, modalities, self._target(self.task, index), others)
+        bag = None if self.bags is None else numbered(self._source, int(self.bags[item]))
+        return Sample(self.task.name, index, modalities, self._target(self.task, index), others, bag)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
@@ -50,6 +54,7 @@ class SplitDataset:
     def open(self) -> None:
         """Opens the file now and checks the split; workers that are forked later share it."""
         assert len(self.indices) == len(self)
+        assert self.bags is None or len(self.bags) == len(self)
 
     @property
     def file(self) -> DataFile:
@@ -69,6 +74,13 @@ class SplitDataset:
                 raise refusal(self.task.file, "/split", found, allowed="the file of this run, unchanged", do=do)
             self._indices = indices
         return self._indices
+
+    @property
+    def bags(self) -> np.ndarray | None:
+        """(n,) int64: numbers that are equal for samples of one thing; None where the task has no `bags`."""
+        if self._bags is None and self.task.bags is not None:
+            self._bags = self.file.bags(self.task.bags)[self.indices]
+        return self._bags
 
     @property
     def targets(self) -> np.ndarray:

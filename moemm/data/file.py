@@ -101,6 +101,20 @@ class DataFile:
             raise self._refuse("/", f"no label {printable(label)!r}", allowed=have, do=f"set label to one of: {have}")
         return self._targets[label]
 
+    def bags(self, name: str) -> np.ndarray:
+        """(N,) int64 from 0 on, the same number for samples of equal value in `group` or in a label of classes.
+
+        Raises DataError: the file has no such data set of whole numbers.
+        """
+        columns = {label: values for label, values in self._targets.items() if values.dtype == np.int64}
+        if self.group is not None:
+            columns["group"] = self.group
+        if name not in columns:
+            have = ", ".join(sorted(columns)) or "none of this file's data sets"
+            do = f"set bags to one of: {have}" if columns else "write the file again with `group`"
+            raise self._refuse("/", f"no data set {printable(name)!r} of whole numbers", allowed=have, do=do)
+        return np.unique(columns[name], return_inverse=True)[1].astype(np.int64)
+
     def lengths(self, name: str) -> np.ndarray:
         """(N,) int64: rows of a ragged modality, UTF-8 bytes of a text, 1 or 0 (absent) for others."""
         modality = self._modality(name)

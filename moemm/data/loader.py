@@ -23,7 +23,7 @@ from moemm.data.catalogue import Catalogue
 from moemm.data.dataset import SplitDataset
 from moemm.data.flat import FlatBatch, flatten, unflatten
 from moemm.data.labels import labelled_items
-from moemm.data.mixture import Draw, MixtureSampler
+from moemm.data.mixture import Bags, Draw, MixtureSampler
 from moemm.data.pack import Packer
 from moemm.data.sample import PackedBatch, Prepare, Sample
 from moemm.errors import ConfigError, DataError, MoemmError
@@ -85,6 +85,16 @@ class TrainSamples:
         for dataset in self._datasets:
             dataset.open()  # here, so that workers and evaluations share it
         self._dropout, self._seed, self._items = modality_dropout, seed, items
+
+    def bags(self) -> list[Bags | None]:
+        """For each group what of its items belongs together; None where nothing does."""
+        found: list[Bags | None] = []
+        for number, dataset in enumerate(self._datasets):
+            bag = dataset.bags
+            if bag is not None and self._items is not None:
+                bag = bag[self._items[number]]
+            found.append(None if bag is None else Bags(bag, dataset.task.together))
+        return found
 
     def __call__(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of `draws`, in order."""
@@ -256,6 +266,10 @@ def train_loader(
     Raises ConfigError: a batch size that cannot be shared out evenly.
     """
     seed = config.train.seed if seed is None else seed
+    dropout = Dropout.of(config, total_steps=total_steps)
+    items = _drawn_items(config, catalogue)
+    groups = learning_groups(config, catalogue)
+    read = TrainSamples(catalogue, modality_dropout=dropout, seed=seed, groups=groups, items=items)
     sampler = MixtureSampler(
         drawn_sizes(config, catalogue),
         temperature=config.data.temperature,
@@ -265,11 +279,8 @@ def train_loader(
         world_size=world_size,
         accumulation=config.train.accumulation,
         start_step=start_step,
+        bags=read.bags(),
     )
-    dropout = Dropout.of(config, total_steps=total_steps)
-    items = _drawn_items(config, catalogue)
-    groups = learning_groups(config, catalogue)
-    read = TrainSamples(catalogue, modality_dropout=dropout, seed=seed, groups=groups, items=items)
     packer = Packer(catalogue, prepare)
     return BatchLoader(read, packer, sampler, num_workers=config.data.num_workers, prefetch=config.data.prefetch)
 

@@ -4,6 +4,9 @@ An epoch has as many draws as the train splits have samples together. Task t get
 to n_t^(1/temperature). Within a task the draws go through one permutation of its samples after the other, across
 epochs, so that every sample is drawn once before any is drawn twice. A permutation of the epoch's draws then mixes the
 tasks. Tasks that share their samples (`Catalogue.groups`) are one task here.
+
+Where samples of a task are of one thing (a bag) and are to meet in a batch, both permutations keep some of them
+together: a bag is cut into runs, and a run is moved to where its first sample stands.
 """
 
 from __future__ import annotations
@@ -27,10 +30,18 @@ class Draw(NamedTuple):
     number: int
 
 
+class Bags(NamedTuple):
+    """bag: (n,) int64 the bag of each item of a task. together: how many of one bag are drawn one after the other."""
+
+    bag: np.ndarray
+    together: int
+
+
 class MixtureSampler:
     """Batches of draws. Global batch `step` is the same for every world size and accumulation.
 
     sizes: samples of each task's train split. batch_size: draws a step over all ranks and micro-batches.
+    bags: for each task the runs that its samples are drawn in; None: one by one.
     Iterating gives this rank's micro-batches in order, from `start_step`, without end.
     Raises ConfigError: a batch that cannot be shared out evenly, an empty train split.
     """
@@ -46,6 +57,7 @@ class MixtureSampler:
         world_size: int = 1,
         accumulation: int = 1,
         start_step: int = 0,
+        bags: Sequence[Bags | None] | None = None,
     ) -> None:
         shares = world_size * accumulation
         if batch_size < 1 or batch_size % shares:
@@ -60,6 +72,7 @@ class MixtureSampler:
         self.counts = _shares(self.sizes, temperature)
         self.seed, self.batch_size = seed, batch_size
         self.rank, self.world_size, self.accumulation, self.start_step = rank, world_size, accumulation, start_step
+        self._bags = list(bags or [None] * len(self.sizes))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
 
@@ -105,6 +118,8 @@ class MixtureSampler:
             tasks = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.counts)
             items = np.concatenate([self._items(task, epoch) for task in range(len(self.sizes))])
             order = self._random(_EPOCH, epoch).permutation(self.samples_per_epoch)
+            if any(bags is not None for bags in self._bags):
+                order = _together(order, self._runs(items), len(order))
             if len(self._epochs) > 1:
                 self._epochs.clear()
             self._epochs[epoch] = tasks[order], items[order]
@@ -123,11 +138,41 @@ class MixtureSampler:
         if key not in self._permutations:
             while len(self._permutations) > _KEPT * len(self.sizes):
                 self._permutations.pop(next(iter(self._permutations)))
-            self._permutations[key] = self._random(_TASK, task, number).permutation(self.sizes[task])
+            order, bags = self._random(_TASK, task, number).permutation(self.sizes[task]), self._bags[task]
+            self._permutations[key] = order if bags is None else _together(order, bags.bag, bags.together)
         return self._permutations[key]
+
+    def _runs(self, items: np.ndarray) -> np.ndarray:
+        """(E,) run of each draw of an epoch before it is mixed: neighbours of one bag, up to as many as are wanted."""
+        starts = np.ones(len(items), bool)
+        first = 0
+        for bags, count in zip(self._bags, self.counts, strict=True):
+            if bags is not None:
+                bag = bags.bag[items[first : first + count]]
+                starts[first : first + count] = _places(bag) % bags.together == 0
+            first += count
+        return starts.cumsum()
 
     def _random(self, *purpose: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed % 2**63, *purpose])))
+
+
+def _together(order: np.ndarray, bag: np.ndarray, most: int) -> np.ndarray:
+    """`order`, with the things of one bag, up to `most` of them, moved to where the first of them stands.
+
+    order: (n,) a permutation. bag: (n,) int64 of each thing, by its number.
+    """
+    by_bag = np.argsort(bag[order], kind="stable")
+    starts = _places(bag[order][by_bag]) % most == 0
+    where = np.empty_like(by_bag)
+    where[by_bag] = by_bag[starts][starts.cumsum() - 1]
+    return order[np.argsort(where, kind="stable")]
+
+
+def _places(value: np.ndarray) -> np.ndarray:
+    """(n,) the number of each element in its stretch of equal ones."""
+    begins = np.flatnonzero(np.concatenate([[True], value[1:] != value[:-1]]))
+    return np.arange(len(value)) - np.repeat(begins, np.diff([*begins, len(value)]))
 
 
 def _shares(sizes: Sequence[int], temperature: float) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 
 from moemm.data.catalogue import Catalogue, ModalityInfo, TaskInfo
 from moemm.data.sample import PackedBatch, PackedModality, Prepare, Sample, Table, Value
-from moemm.data.shared import no_modality
+from moemm.data.shared import no_modality, numbered
 from moemm.errors import DataError
 
 
@@ -44,8 +44,13 @@ class Packer:
             presence=presence,
             task=torch.tensor([self._positions[s.task] for s in samples], dtype=torch.int64),
             index=torch.tensor([s.index for s in samples], dtype=torch.int64),
+            bag=torch.tensor([self._bag(s) for s in samples], dtype=torch.int64),
             targets={task.name: _targets(task, samples) for task in self._catalogue.tasks},
         )
+
+    def _bag(self, sample: Sample) -> int:
+        """That of the sample, or a negative number that no other sample has."""
+        return -1 - numbered(self._positions[sample.task], sample.index) if sample.bag is None else sample.bag
 
     def _value(self, info: ModalityInfo, sample: Sample) -> Any:
         value = sample.modalities[info.name]

@@ -21,6 +21,7 @@ class Sample:
     """One training example. A modality that the sample lacks is absent from `modalities`, never zeros.
 
     task: which the sample was drawn for; target: of it. others: of the tasks that share its samples.
+    bag: number of what the sample shows, the same for all samples of one thing, not negative; None: it is its own.
     """
 
     task: str
@@ -28,6 +29,7 @@ class Sample:
     modalities: dict[str, Value]
     target: Target
     others: dict[str, Target] = field(default_factory=dict)
+    bag: int | None = None
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ class PackedBatch:
     presence: (B, M) bool.
     task: (B,) int64, position in the catalogue's tasks of that which each sample was drawn for.
     index: (B,) int64, position in the task's file.
+    bag: (B,) int64, equal for samples of one thing, in all batches.
     targets: task name -> targets of its samples in batch order: (n,) int64, (n,) or (n, C) float32.
         Every task of the catalogue has an entry, with zero rows where the batch has none of it. A sample has rows of
         several tasks where they share it: `rows_of` says whose rows they are.
@@ -70,6 +73,7 @@ class PackedBatch:
     presence: torch.Tensor
     task: torch.Tensor
     index: torch.Tensor
+    bag: torch.Tensor
     targets: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -81,7 +85,7 @@ class PackedBatch:
         """The same batch with `function` applied to every tensor."""
         packed = {name: modality.map(function) for name, modality in self.modalities.items()}
         targets = {name: function(target) for name, target in self.targets.items()}
-        rest = {f.name: function(getattr(self, f.name)) for f in fields(self)[1:4]}
+        rest = {f.name: function(getattr(self, f.name)) for f in fields(self)[1:5]}
         return PackedBatch(modalities=packed, targets=targets, **rest)
 
     def to(self, device: torch.device | str) -> PackedBatch:

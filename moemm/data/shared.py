@@ -27,6 +27,11 @@ def open_shared(path: str) -> DataFile:
     return file
 
 
+def numbered(source: int, place: int) -> int:
+    """One number for each pair of a source (a task, a column of a file) and a place there, both not negative."""
+    return (source << 40) + place
+
+
 def find_task(catalogue: Catalogue, name: str) -> TaskInfo:
     """The task of that name. ConfigError: there is none."""
     for task in catalogue.tasks:

@@ -23,6 +23,7 @@ class Content:
     targets: modality -> what its tokens hold, for kinds that can tell. group_T: see TargetShape.
     key_B, key_T (int64): a hash of step, task and sample; and of modality and place in the sample besides.
     present_BM: which sample has tokens of which modality. index_B: where each stands in its task's file.
+    bag_B: equal for samples of one thing.
     """
 
     stream: Stream
@@ -33,6 +34,7 @@ class Content:
     key_T: torch.Tensor
     present_BM: torch.Tensor
     index_B: torch.Tensor
+    bag_B: torch.Tensor
 
     @classmethod
     def make(
@@ -57,7 +59,7 @@ class Content:
         key_T = combine(key_B[stream.sample_T], stream.modality_T, _place(stream))
         present_BM = torch.zeros(batch.num_samples, len(tokens), dtype=torch.bool, device=key_T.device)
         present_BM[stream.sample_T, stream.modality_T] = True
-        return cls(stream, spans, targets, torch.cat(groups), key_B, key_T, present_BM, batch.index)
+        return cls(stream, spans, targets, torch.cat(groups), key_B, key_T, present_BM, batch.index, batch.bag)
 
     def with_values(self, values_TD: torch.Tensor) -> Stream:
         """The stream with other values."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,11 @@ MAX_SCALE = 100.0
 
 
 class PairLoss(nn.Module):
-    """(n, n) cosines -> (n,) loss of each sample, the mean of both directions; temperature and bias are learned."""
+    """(n, n) cosines -> (n,) loss of each sample, the mean of both directions; temperature and bias are learned.
+
+    `mil_nce` is the symmetric form that VATT trains with (arXiv:2104.11178): each direction has a denominator of its
+    own, so that bags of one sample are infonce.
+    """
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__()
@@ -35,18 +39,49 @@ class PairLoss(nn.Module):
         # Few positives among many negatives: without this bias the first steps would only learn to say no.
         self.bias = nn.Parameter(torch.tensor([-10.0])) if self.kind == "siglip" else None
 
-    def forward(self, cosines: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """One (n,) for each (n, n) of a pair of modalities; and 0 with a gradient to the parameters, in any case."""
+    def forward(
+        self, cosines: Sequence[torch.Tensor], same: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """One (n,) for each (n, n) of a pair of modalities; and 0 with a gradient to the parameters, in any case.
+
+        same: (n, n) bool for each: whether two samples are of one bag; without mil_nce each sample is its own.
+        """
         scale = self.scale.float().exp().clamp_max(MAX_SCALE)
+        if self.kind == "mil_nce":
+            found = [_mil_nce(scale * cosine_nn, same_nn) for cosine_nn, same_nn in zip(cosines, same, strict=True)]
+            return found, 0.0 * scale.sum()
         if self.bias is None:
             return [_infonce(scale * cosine_nn) for cosine_nn in cosines], 0.0 * scale.sum()
         losses = [_siglip(scale * cosine_nn + self.bias.float()) for cosine_nn in cosines]
         return losses, 0.0 * (scale + self.bias.float()).sum()
 
 
+class Everyone(NamedTuple):
+    """Of the N samples of all ranks: task, place in its file, whether they count, bag, and (N, M) bool what they have.
+    """  # fmt: skip
+
+    task_N: torch.Tensor
+    index_N: torch.Tensor
+    keep_N: torch.Tensor
+    bag_N: torch.Tensor
+    present_NM: torch.Tensor
+
+
+class Found(NamedTuple):
+    """Of N samples and P pairs: losses; bool whether the sample has the pair, and something to be told apart from.
+
+    told_NP: losses of which none is small only because the bag is large. reach: 0 with a gradient to all parameters.
+    """
+
+    loss_NP: torch.Tensor
+    has_NP: torch.Tensor
+    told_NP: torch.Tensor
+    reach: torch.Tensor
+
+
 @register_objective("contrastive")
 class Contrastive(Objective):
-    """InfoNCE or SigLIP between the pairs of modalities of a sample; a sample's loss is the mean over its pairs."""
+    """InfoNCE, SigLIP or MIL-NCE between the pairs of modalities of a sample, whose loss is the mean over its pairs."""
 
     views: ClassVar[tuple[str, ...]] = ("alone",)
 
@@ -67,7 +102,7 @@ class Contrastive(Objective):
         present_BM = scene.content.present_BM
         own = [self._encode(scene, x["alone"]) for x in scene.aliases]
         everyone_NMD, first = gather_rows(own[0].detach())
-        task_N, index_N, keep_N, present_NM = _everyone(scene)
+        known = _everyone(scene)
         ranks, place_B = num_ranks(), torch.arange(first, first + len(present_BM), device=present_BM.device)
         shares = [one.detach() + ranks * (one - one.detach()) for one in own]
         # Where the pairs' gradients are to be told apart, each pair of a sample reads an alias of its own.
@@ -82,15 +117,15 @@ class Contrastive(Objective):
             )
             return everyone_NMD.index_copy(0, place_B, own_BMD)
 
-        losses_NP, has_NP, reach = self._over_pairs(rows, present_NM)
-        weight_NP = has_NP * keep_N[:, None]
+        found = self._over_pairs(rows, known)
+        weight_NP = found.has_NP * known.keep_N[:, None]
         if self.noise is not None:
-            row_N = self.noise.rows(task_N, index_N)
+            row_N = self.noise.rows(known.task_N, known.index_N)
             if not scene.judging:
-                self.noise.see(row_N, losses_NP.detach().masked_fill(~has_NP, torch.nan))
+                self.noise.see(row_N, found.told_NP.masked_fill(~found.has_NP, torch.nan))
             weight_NP = weight_NP * self.noise.weights(row_N)
-        weight_NP = weight_NP / has_NP.sum(1, keepdim=True).clamp_min(1)
-        loss, count = (losses_NP * weight_NP).sum() + reach, weight_NP.sum()
+        weight_NP = weight_NP / found.has_NP.sum(1, keepdim=True).clamp_min(1)
+        loss, count = (found.loss_NP * weight_NP).sum() + found.reach, weight_NP.sum()
         return loss / ranks + 0.0 * torch.stack(own).sum(), count / ranks
 
     def _encode(self, scene: Scene, x_TD: torch.Tensor) -> torch.Tensor:
@@ -104,14 +139,10 @@ class Contrastive(Objective):
         ]
         return torch.stack(parts, dim=1)
 
-    def _over_pairs(
-        self, encoded: Callable[[int], torch.Tensor], present_NM: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(N, P) loss of each pair of each sample, and bool whether it has one; 0 with a gradient to all parameters.
-
-        encoded: number of a pair -> (N, M, D).
-        """
-        rows, cosines, numbers = [], [], []
+    def _over_pairs(self, encoded: Callable[[int], torch.Tensor], known: Everyone) -> Found:
+        """The losses of the pairs of all samples. encoded: number of a pair -> (N, M, D)."""
+        rows, cosines, same, numbers = [], [], [], []
+        present_NM = known.present_NM
         together_MM = (present_NM.float().T @ present_NM.float()).tolist()
         for number, (a, b) in enumerate(self.pairs):
             if together_MM[a][b] > 1:  # alone, a sample has nothing to be told apart from; all ranks see the same here
@@ -119,22 +150,26 @@ class Contrastive(Objective):
                 rows.append(row_n)
                 numbers.append(number)
                 cosines.append(z_NMD[row_n, a] @ z_NMD[row_n, b].T)
-        losses, reach = self.pair_loss(cosines)
+                bag_n = known.bag_N[row_n] if self.pair_loss.kind == "mil_nce" else row_n
+                same.append(bag_n[:, None] == bag_n)
+        losses, reach = self.pair_loss(cosines, same)
         losses_NP = present_NM.new_zeros(present_NM.shape[0], len(self.pairs), dtype=torch.float32)
-        has_NP = torch.zeros_like(losses_NP, dtype=torch.bool)
-        for number, row_n, loss_n in zip(numbers, rows, losses, strict=True):
+        told_NP, has_NP = torch.zeros_like(losses_NP), torch.zeros_like(losses_NP, dtype=torch.bool)
+        for number, row_n, loss_n, same_nn in zip(numbers, rows, losses, same, strict=True):
             losses_NP = losses_NP.index_put((row_n, row_n.new_tensor(number)), loss_n)
-            has_NP[row_n, number] = True
-        return losses_NP, has_NP, reach
+            has_NP[row_n, number] = ~same_nn.all(1)
+            told_NP[row_n, number] = loss_n.detach() * _above_chance(same_nn)
+        return Found(losses_NP, has_NP, told_NP, reach)
 
 
-def _everyone(scene: Scene) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the samples of all ranks: task, place in its file, whether they count, and (N, M) bool what they have."""
+def _everyone(scene: Scene) -> Everyone:
+    """Gathered from all ranks."""
     content = scene.content
     keep_B = torch.ones_like(content.index_B) if scene.keep_B is None else scene.keep_B.long()
-    own_BX = torch.stack([content.stream.task_B, content.index_B, keep_B], dim=1)
+    own_BX = torch.stack([content.stream.task_B, content.index_B, keep_B, content.bag_B], dim=1)
     rows_NX, _ = gather_rows(torch.cat([own_BX, content.present_BM.long()], dim=1))
-    return rows_NX[:, 0], rows_NX[:, 1], rows_NX[:, 2], rows_NX[:, 3:].bool()
+    task_N, index_N, keep_N, bag_N = rows_NX[:, :4].unbind(1)
+    return Everyone(task_N, index_N, keep_N, bag_N, rows_NX[:, 4:].bool())
 
 
 def pair_numbers(present_BM: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -154,6 +189,20 @@ def _infonce(logit_nn: torch.Tensor) -> torch.Tensor:
     """-log softmax of the own partner, over rows and over columns."""
     own_n = logit_nn.diagonal()
     return 0.5 * (logit_nn.logsumexp(1) + logit_nn.logsumexp(0)) - own_n
+
+
+def _mil_nce(logit_nn: torch.Tensor, same_nn: torch.Tensor) -> torch.Tensor:
+    """-log of the softmax's share of the own bag, over rows and over columns; 0 where the bag is all there is."""
+    bag_nn = logit_nn.masked_fill(~same_nn, -torch.inf)
+    own_n = 0.5 * (bag_nn.logsumexp(1) + bag_nn.logsumexp(0))
+    return 0.5 * (logit_nn.logsumexp(1) + logit_nn.logsumexp(0)) - own_n
+
+
+def _above_chance(same_nn: torch.Tensor) -> torch.Tensor:
+    """(n,) factor that brings a loss whose chance level is log(n / bag) to that of a bag of one sample, log n."""
+    size_n = same_nn.sum(1)
+    chance_n = math.log(same_nn.shape[0]) - size_n.float().log()
+    return torch.where(size_n == 1, 1.0, math.log(same_nn.shape[0]) / chance_n.clamp_min(1e-6))
 
 
 def _siglip(logit_nn: torch.Tensor) -> torch.Tensor:

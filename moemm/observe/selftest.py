@@ -101,6 +101,7 @@ def _train_tiny(*, num_steps: int) -> list[float]:
             presence=torch.ones(16, 1, dtype=torch.bool),
             task=torch.zeros(16, dtype=torch.int64),
             index=torch.arange(16),
+            bag=torch.arange(16),
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses = []

@@ -17,7 +17,9 @@ NUM_CLASSES = 3
 
 
 def write_tiny_data(folder: Path, *, seed: int = 0) -> None:
-    """`shapes.h5` (image, record; every third sample lacks its record) and `tones.h5` (series of several lengths)."""
+    """`shapes.h5` (image, record; every third sample lacks its record; `group` has pairs of neighbours) and `tones.h5`
+    (series of several lengths).
+    """  # fmt: skip
     random = np.random.default_rng(seed)
     split = np.arange(NUM_SAMPLES) % 4
     split = np.where(split < 2, 0, split - 1).astype(np.uint8)  # half train, a quarter each val and test
@@ -31,7 +33,8 @@ def write_tiny_data(folder: Path, *, seed: int = 0) -> None:
         "image": ModalityData(kind="image", values=images, layout="CHW"),
         "record": ModalityData(kind="tabular", values=table, num_names=("u", "v")),
     }
-    write_file(folder / "shapes.h5", task="shapes", labels=labels, split=split, modalities=shapes)
+    group = np.arange(NUM_SAMPLES) // 2
+    write_file(folder / "shapes.h5", task="shapes", labels=labels, split=split, group=group, modalities=shapes)
     series = [
         (random.normal(size=(int(random.integers(6, 16)), 4)) + value).astype(np.float32) for value in label.tolist()
     ]

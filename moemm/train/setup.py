@@ -208,6 +208,8 @@ def describe(catalogue: Catalogue) -> dict[str, Any]:
         task["file"] = Path(task["file"]).name
         if task["drawn_with"] is None:  # as runs wrote it before there were joint labels
             del task["drawn_with"]
+        if task["bags"] is None:  # the same, before there were bags
+            del task["bags"], task["together"]
     return values
 
 

@@ -209,12 +209,22 @@ PRETEXT = {
 }
 
 
+BAGS: dict[str, dict[str, Any]] = {
+    "objectives": {**PRETEXT, "contrastive": {"weight": 0.5, "loss": "mil_nce"}},
+    "train": {"batch_size": 16},
+    "data": {
+        "tasks": [{"name": "shapes", "file": "shapes.h5", "bags": "group"}, {"name": "tones", "file": "tones.h5"}],
+    },
+}
+
+
 def pretext(folder: str, stages: list[int]) -> dict[str, Any]:
     """Losses of six steps with every objective: as the sampler mixes, apart, in half the labels, without labels."""
     world = connect(timeout_s=60)
     cases: dict[str, dict[str, Any]] = {
         "mixed": {"objectives": PRETEXT},
         "siglip": {"objectives": {**PRETEXT, "contrastive": {"weight": 0.1, "loss": "siglip"}}},
+        "mil_nce": BAGS,
         "apart": {"objectives": PRETEXT},
         "unlabelled": {"objectives": {**PRETEXT, "supervised": {"weight": 0.0}}},
     }

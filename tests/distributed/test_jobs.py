@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 import signal
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from jobs import BAGS
 
+from moemm.data.build import build_catalogue
+from moemm.data.loader import train_loader
 from moemm.testing.distributed import run_distributed
-from moemm.testing.tiny import write_tiny_data
+from moemm.testing.tiny import tiny_config, write_tiny_data
 
 HERE = Path(__file__).parent
 STAGES = [0, 1, 2, 3]
@@ -129,7 +132,7 @@ def pretexts(folder: Path) -> dict[str, np.ndarray]:
     return found | {f"one {name}": np.array(value) for name, value in alone.items()}
 
 
-@pytest.mark.parametrize(("case", "stage"), [*product(("mixed", "siglip", "apart", "unlabelled"), STAGES)])
+@pytest.mark.parametrize(("case", "stage"), [*product(("mixed", "siglip", "mil_nce", "apart", "unlabelled"), STAGES)])
 def test_objectives_without_labels_are_those_of_the_global_batch(
     pretexts: dict[str, np.ndarray], case: str, stage: int
 ) -> None:
@@ -138,6 +141,16 @@ def test_objectives_without_labels_are_those_of_the_global_batch(
     assert one.shape == two.shape == (6, 6 if case == "unlabelled" else 8)
     assert (np.abs(np.diff(one[:, -4:], axis=0)).max(0) > 1e-3).all(), "the losses must move for this to mean anything"
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+def test_bags_of_that_run_lie_on_two_ranks(tmp_path: Path) -> None:
+    loaded = tiny_config(tmp_path, **BAGS)
+    straddle = 0
+    with train_loader(build_catalogue(loaded.config.data, base=tmp_path), loaded.config) as loader:
+        for batch in islice(loader, 6):
+            first, second = (batch.bag[half][batch.presence[half].sum(1) > 1] for half in (slice(8), slice(8, 16)))
+            straddle += int((first[:, None] == second).sum())
+    assert straddle > 0
 
 
 @pytest.fixture(scope="module")

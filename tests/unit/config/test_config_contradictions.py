@@ -231,11 +231,11 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
     "a task that is a path": ({"data": {"tasks": [TASK | {"name": "a/b"}]}}, r"tasks\.0\.name: .* no / and no dot"),
     "joint labels of one task": (
         {"data": {"tasks": [TASK], "joint_labels": True}},
-        r"data\.joint_labels: joins nothing: no two tasks have the same file, rename and modalities\n",
+        r"data\.joint_labels: joins nothing: no two tasks have the same file, rename, modalities and bags\n",
     ),
     "joint labels of different modalities": (
         {"data": {"tasks": [TASK, TASK | {"name": "seen", "modalities": ["image"]}], "joint_labels": True}},
-        r"joins nothing: .* \(digits and seen share digits\.h5, but differ in rename or modalities\)",
+        r"joins nothing: .* \(digits and seen share digits\.h5, but differ in rename, modalities or bags\)",
     ),
     "joint labels and skills": (
         {

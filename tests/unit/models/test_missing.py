@@ -44,7 +44,8 @@ def batch_of(*samples: tuple[str, tuple[str, ...]]) -> PackedBatch:
         packed[name] = pack_values(spec.info, [values[i % len(values)] for i in rows], rows)
     task = torch.tensor([list(KNOWN).index(name) for name, _ in samples], dtype=torch.int64)
     targets = {name: torch.ones(int((task == number).sum())) for number, name in enumerate(KNOWN)}
-    return PackedBatch(packed, presence, task, torch.arange(len(samples)), targets)
+    index = torch.arange(len(samples))
+    return PackedBatch(packed, presence, task, index, index, targets)
 
 
 MIXED = (

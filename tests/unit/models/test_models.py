@@ -42,7 +42,8 @@ def make(config: ModelConfig | None = None, samples: int = 6) -> tuple[Model, Pa
         packed[spec.info.name] = pack_values(spec.info, [values[i] for i in rows], rows)
     task = torch.arange(samples) % 2
     targets = {"digits": torch.ones(int((task == 0).sum()), dtype=torch.int64), "age": torch.ones(int(task.sum()))}
-    return model, PackedBatch(packed, presence, task, torch.arange(samples), targets)
+    index = torch.arange(samples)
+    return model, PackedBatch(packed, presence, task, index, index, targets)
 
 
 @pytest.mark.parametrize("backend", ["padded", "nested"])

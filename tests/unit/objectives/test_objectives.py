@@ -250,7 +250,7 @@ def test_pair_losses_against_plain_arithmetic(kind: Any) -> None:
     torch.manual_seed(0)
     cosine_nn = torch.rand(5, 5)
     loss = PairLoss(ContrastiveConfig(loss=kind, temperature=0.2))
-    (found,), reach = loss([cosine_nn])
+    (found,), reach = loss([cosine_nn], [torch.eye(5, dtype=torch.bool)])
     logits = (cosine_nn * 5.0 - (10.0 if kind == "siglip" else 0.0)).double()
     for i in range(5):
         if kind == "infonce":
