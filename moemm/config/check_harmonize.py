@@ -63,7 +63,15 @@ def _kept(config: Config) -> Iterator[Problem]:
     given = config.harmonize
     if given.method == "gradvac" and given.at == "fork" and given.per in (None, "sample", "token"):
         message = "lies on one rank each, and gradvac's averages are over all of them; say `per: batch` or `modality`"
-        yield Problem(path=(*ROOT, "per"), message=message, given=given.per or "sample", allowed="modality, batch")
+        yield Problem(
+            path=(*ROOT, "per"), message=message, given=given.per or "sample", allowed="modality, expert, batch"
+        )
+
+
+def _experts(config: Config) -> Iterator[Problem]:
+    if config.harmonize.per == "expert" and config.model.moe == "dense":
+        message = "groups tokens by the expert that the last block sent them to, and `model.moe: dense` has none"
+        yield Problem(path=(*ROOT, "per"), message=message, given="expert", allowed="sample, token, modality, batch")
 
 
 def _trunk(config: Config) -> Iterator[Problem]:
@@ -105,6 +113,7 @@ HARMONIZE_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _unread,
     _unread_scale,
     _kept,
+    _experts,
     _trunk,
     _schedule,
     _every_block,

@@ -379,9 +379,10 @@ class HarmonizeConfig:
     @register_harmonizer adds."""
     at: Literal["fork", "trunk"] = "fork"
     """Whose gradients: those of the stream that the trunk returns, or those of the parameters that losses share."""
-    per: Literal["sample", "token", "modality", "batch"] | None = None
-    """fork: what is compared and weighed together, each sample (when not given), token or modality, or a micro-batch
-    over all ranks. trunk: `batch`, all samples of the step."""
+    per: Literal["sample", "token", "modality", "expert", "batch"] | None = None
+    """fork: what is compared and weighed together, each sample (when not given) or token, or, over all ranks, the
+    tokens of a modality, those that the last block sent to one expert, or a micro-batch. trunk: `batch`, all samples of
+    the step."""
     gamma: Cosine = 0.0
     """realign, curriculum, realign_curriculum: the cosine under which two losses are in conflict."""
     gamma_start: Cosine | None = None

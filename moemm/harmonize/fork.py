@@ -4,7 +4,7 @@ Forward hands the stream to each loss as an alias. Autograd then calls one backw
 losses with respect to the stream; there the Gram matrices are taken, and the weighted sum goes on into the trunk. So
 there is one backward pass, and no hook into the engine. What lies behind the fork (heads) gets its own loss's gradient.
 
-T tokens, D width, B branches, L losses, X groups (tokens, samples, modalities, or all together).
+T tokens, D width, B branches, L losses, X groups (tokens, samples, modalities, experts, or all together).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Readers(NamedTuple):
 
     loss_BT: (B, T) int64: of which loss is the gradient that branch b brings to token t; -1 for none.
     sample_T, modality_T: (T,) int64 under num_samples and num_modalities.
+    expert_T: (T,) int64 under num_experts, the expert that the last block sent each token to; only for `expert`.
     """
 
     loss_BT: torch.Tensor
@@ -33,6 +34,8 @@ class Readers(NamedTuple):
     modality_T: torch.Tensor
     num_samples: int
     num_modalities: int
+    expert_T: torch.Tensor | None = None
+    num_experts: int = 0
 
     def groups(self, per: str) -> tuple[torch.Tensor, int]:
         """(T,) int64 which group each token is judged with, and the number of groups."""
@@ -42,6 +45,9 @@ class Readers(NamedTuple):
             return self.sample_T, self.num_samples
         if per == "modality":
             return self.modality_T, self.num_modalities
+        if per == "expert":
+            assert self.expert_T is not None, "the trunk was not asked for experts"
+            return self.expert_T, self.num_experts
         assert per == "batch"
         return torch.zeros_like(self.sample_T), 1
 
@@ -49,8 +55,8 @@ class Readers(NamedTuple):
 class Fork(Settler):
     """Hands a stream to branches, and settles their gradients' conflicts on the way back.
 
-    method: as for `weights`. per: which tokens are judged together; tokens and samples lie on one rank, of modalities
-    and the batch the Gram matrices are summed by `reduce`. losses: their names.
+    method: as for `weights`. per: which tokens are judged together; tokens and samples lie on one rank, of modalities,
+    experts and the batch the Gram matrices are summed by `reduce`. losses: their names.
     """
 
     def __init__(

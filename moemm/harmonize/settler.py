@@ -1,6 +1,6 @@
 """From Gram matrices to weights, with what a method keeps from step to step, and a count of what was seen.
 
-L losses, X groups (tokens, samples, modalities, or all together).
+L losses, X groups (tokens, samples, modalities, experts, or all together).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moemm.exact import ExactBuffers
 from moemm.harmonize.registry import Context, find
 from moemm.harmonize.weights import Weights, weights
 
-SHARED = ("modality", "batch")
+SHARED = ("modality", "expert", "batch")
 """What tokens of several ranks are judged by together."""
 
 

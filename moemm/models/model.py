@@ -81,11 +81,11 @@ class Model(nn.Module):
         if self.pretext is not None and self.training:
             return self._with_pretext(self.pretext, batch)
         stream = self.tokenize(batch)
-        (*states, last_TD), stats = self.trunk(stream)
+        (*states, last_TD), stats, expert_T = self.trunk(stream, by_expert=self._by_expert)
         earlier = [self.heads(x_TD, stream.sample_T, batch.task) for x_TD in states]
         own: torch.Tensor | Sequence[torch.Tensor] = last_TD
         if self.fork is not None and self.training:
-            own = self.fork(last_TD, _readers(stream, self.heads.losses(stream.sample_T, batch.task)))
+            own = self.fork(last_TD, self._readers(stream, self.heads.losses(stream.sample_T, batch.task), expert_T))
         last = self.heads(own, stream.sample_T, batch.task)
         return ModelOutput(last, stats, stream.values_TD.shape[0], earlier, stream.missing)
 
@@ -94,7 +94,7 @@ class Model(nn.Module):
         tokens = [self.tokenizers[name](packed) for name, packed in batch.modalities.items()]
         views = pretext.views(tokens, join(tokens, batch), batch, self.tokenizers)  # type: ignore[arg-type]
         name, first = next(iter(views.parts.items()))
-        (*states, last_TD), stats = self.trunk(self.place(views.stream))
+        (*states, last_TD), stats, expert_T = self.trunk(self.place(views.stream), by_expert=self._by_expert)
         earlier = [self.heads(views.split(x_TD)[name], first.sample_T, batch.task) for x_TD in states]
         own: torch.Tensor | Sequence[torch.Tensor]
         keep_B = None
@@ -102,7 +102,7 @@ class Model(nn.Module):
             own, others = views.split(last_TD)[name], (last_TD,)
         else:
             stream = replace(views.stream, sample_T=pretext.owners(views))
-            readers = _readers(stream, self._losses(pretext, views, batch))
+            readers = self._readers(stream, self._losses(pretext, views, batch), expert_T)
             if self.fork.drops and pretext.pairs_meet:
                 keep_B = self._judge(self.fork, pretext, (last_TD, readers, views))[: batch.num_samples]
             branches = self.fork(last_TD, readers)
@@ -111,6 +111,17 @@ class Model(nn.Module):
         last = self.heads(own, first.sample_T, batch.task)
         sums = pretext(others, views, keep_B=keep_B)
         return ModelOutput(last, stats, views.stream.values_TD.shape[0], earlier, pretext=sums)
+
+    @property
+    def _by_expert(self) -> bool:
+        return self.training and self.fork is not None and self.fork.per == "expert"
+
+    def _readers(self, stream: Stream, loss_BT: torch.Tensor, expert_T: torch.Tensor | None) -> Readers:
+        num_samples, num_modalities = stream.presence_BM.shape
+        last = self.trunk.blocks[-1].ffn
+        num_experts = last.num_choices if isinstance(last, MoELayer) else 0
+        own = (loss_BT, stream.sample_T, stream.modality_T, num_samples, num_modalities)
+        return Readers(*own, expert_T, num_experts)
 
     def _judge(self, fork: Fork, pretext: Pretext, known: tuple[torch.Tensor, Readers, Views]) -> torch.Tensor:
         """Which samples' pairs agree, by a first pass of their loss alone."""
@@ -203,11 +214,6 @@ def build_model(config: ModelConfig, *, specs: Mapping[str, ModalitySpec], tasks
     Raises ConfigError where the config does not fit the modalities (a group that names an unknown one, say).
     """
     return Model(config, specs, tasks)
-
-
-def _readers(stream: Stream, loss_BT: torch.Tensor) -> Readers:
-    num_samples, num_modalities = stream.presence_BM.shape
-    return Readers(loss_BT, stream.sample_T, stream.modality_T, num_samples, num_modalities)
 
 
 def _after(name: str, prefix: str) -> str | None:

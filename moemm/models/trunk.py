@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -70,6 +70,18 @@ class Block(nn.Module):
         return x_TD + self.dropout(out_TD), stats
 
 
+class TrunkOutput(NamedTuple):
+    """states: the stream (T, D) after the last block (with `predict_every_block` after each), through the last norm.
+
+    router: statistics of the layers that have a router; None without one.
+    expert_T: (T,) int64 the expert that the last block sent each token to, see MoELayer.choice; None in a dense model.
+    """
+
+    states: list[torch.Tensor]
+    router: RouterStats | None
+    expert_T: torch.Tensor | None
+
+
 class Trunk(nn.Module):
     """All blocks, and the last norm."""
 
@@ -83,11 +95,9 @@ class Trunk(nn.Module):
         self.recompute = False
         """Whether the backward pass computes each block again rather than keep what is in it; set for training."""
 
-    def forward(self, stream: Stream) -> tuple[list[torch.Tensor], RouterStats | None]:
-        """The stream (T, D) after the last block (with `predict_every_block` after each), through the last norm; and
-        the statistics of the layers that have a router.
-        """  # fmt: skip
-        x_TD, states, collected = stream.values_TD, [], []
+    def forward(self, stream: Stream, *, by_expert: bool = False) -> TrunkOutput:
+        """The stream through all blocks. by_expert: also say where the last block sent each token."""
+        x_TD, states, collected, stats = stream.values_TD, [], [], None
         backend, rank_T = self.backend(x_TD), stream.modality_T if self.ordered else None
         plan = AttentionPlan.make(stream.sample_T, num_samples=stream.num_samples, backend=backend, rank_T=rank_T)
         row_T = self.map.row(stream.modality_T, stream.task_B[stream.sample_T])
@@ -98,7 +108,9 @@ class Trunk(nn.Module):
                 collected.append(stats)
         wanted = states if self.every_block else states[-1:]
         out = [call(self.norm, state_TD, stream.lengths) for state_TD in wanted]
-        return out, RouterStats.stack(collected) if collected else None
+        last = self.blocks[-1].ffn
+        expert_T = last.choice(row_T, stats) if by_expert and isinstance(last, MoELayer) else None
+        return TrunkOutput(out, RouterStats.stack(collected) if collected else None, expert_T)
 
     def _run(self, block: nn.Module, *inputs: Any) -> tuple[torch.Tensor, RouterStats | None]:
         if not (self.recompute and self.training and torch.is_grad_enabled()):

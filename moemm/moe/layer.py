@@ -84,6 +84,34 @@ class MoELayer(nn.Module):
         out_TD = self.run_experts(x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation)
         return out_TD, stats
 
+    @property
+    def num_choices(self) -> int:
+        """X of `choice`: routed experts, those dispatched to (of which it takes hard ones), and none of both."""
+        return len(self.place_E) - 1 + len(self.experts) + 1
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether some token goes to an expert that not all tokens go to."""
+        return self.router is not None or bool(self.hard_MK.shape[1])
+
+    def choice(self, row_T: torch.Tensor, stats: RouterStats | None) -> torch.Tensor:
+        """(T,) int64 under X the expert that a token was sent to: the routed one with its highest gate; for a token
+        without one, the first hard expert that serves it.
+
+        stats: of this layer's forward pass. Reads no parameter, and nothing waits for the device.
+        """
+        num_routed = len(self.place_E) - 1
+        choice_T = torch.full_like(row_T, self.num_choices - 1)
+        if self.hard_MK.shape[1]:
+            hard_T = self.hard_MK[row_T, 0]
+            choice_T = torch.where(hard_T >= 0, num_routed + hard_T, choice_T)
+        if stats is None or stats.slots is None:
+            return choice_T
+        gates_TK, experts_TK = stats.slots
+        best_T1 = gates_TK.masked_fill(experts_TK < 0, -torch.inf).argmax(1, keepdim=True)
+        routed_T = experts_TK.gather(1, best_T1)[:, 0]
+        return torch.where(routed_T >= 0, routed_T, choice_T)
+
     def _slots(
         self, x_TD: torch.Tensor, row_T: torch.Tensor, target_T: torch.Tensor | None
     ) -> tuple[list[Slots], RouterStats | None]:
@@ -132,6 +160,7 @@ class MoELayer(nn.Module):
             binding_LM=narrow(routed.binding_M),
             dropped_LM=narrow(routed.dropped_M),
             tokens_M=topk.tokens_M,
+            slots=(topk.gates_TK.detach(), topk.experts_TK),
         )
 
 

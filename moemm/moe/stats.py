@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ class RouterStats:
     binding_LM: cross entropy to the expert of the sample's modalities, of combination routers, else 0.
     dropped_LM: slots that found no room, of routers with a capacity, else 0 (no gradient).
     tokens_M: number of tokens (no gradient).
+    slots: of one layer alone, and no sum: gates (T, K) and routed experts (T, K) int64 of its tokens, -1 for a slot
+        without expert (no gradient).
     """
 
     load_LME: torch.Tensor
@@ -32,18 +35,19 @@ class RouterStats:
     binding_LM: torch.Tensor
     dropped_LM: torch.Tensor
     tokens_M: torch.Tensor
+    slots: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def stack(cls, layers: Sequence[RouterStats]) -> RouterStats:
         """The statistics of several layers as one."""
-        names = [field.name for field in fields(cls) if field.name != "tokens_M"]
-        joined = {name: torch.cat([getattr(stats, name) for stats in layers]) for name in names}
+        names = [field.name for field in fields(cls) if field.name not in ("tokens_M", "slots")]
+        joined: dict[str, Any] = {name: torch.cat([getattr(stats, name) for stats in layers]) for name in names}
         return cls(**joined, tokens_M=layers[0].tokens_M)
 
     @property
     def parts(self) -> list[torch.Tensor]:
         """All sums, in the order of the fields."""
-        return [getattr(self, field.name) for field in fields(self)]
+        return [getattr(self, field.name) for field in fields(self) if field.name != "slots"]
 
 
 def sum_by_row(values_TX: torch.Tensor, row_T: torch.Tensor, num_rows: int) -> torch.Tensor:

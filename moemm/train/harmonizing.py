@@ -13,6 +13,7 @@ from moemm.distributed import sum_over_ranks
 from moemm.errors import ConfigError
 from moemm.harmonize import SCALES, Conflict, Fork, GradNorm, LossScale, Settler
 from moemm.models import Model
+from moemm.moe import MoELayer
 
 DRAWS = 1 << 20
 """Micro-batches of a step are told apart by less than this."""
@@ -35,7 +36,8 @@ class ConflictReport:
 def build_fork(config: Config, model: Model) -> Fork | None:
     """The fork that `harmonize` asks for; None at the trunk, and for `method: sum` unless the scale looks at gradients.
 
-    Raises ConfigError for an unknown method, and where no two losses read one token.
+    Raises ConfigError for an unknown method, where no two losses read one token, and for `per: expert` where the last
+    block sends all tokens to the same experts.
     """
     wanted = config.harmonize
     if wanted.at == "trunk" or (wanted.method == "sum" and wanted.scale != "gradnorm"):
@@ -49,6 +51,13 @@ def build_fork(config: Config, model: Model) -> Fork | None:
             "  allowed: several labels of one sample (data.joint_labels), two pairs of modalities under\n"
             "    objectives.contrastive, or objectives.similarity beside supervised tasks or masked modelling\n"
             "  to do: set one of these up, or leave `harmonize` out"
+        )
+    last = model.trunk.blocks[-1].ffn
+    if wanted.per == "expert" and not (isinstance(last, MoELayer) and last.tells_apart):
+        raise ConfigError(
+            "harmonize.per is expert, but the last block has no modality or routed expert: all its tokens would be one "
+            "group\n  allowed: sample, token, modality, batch\n"
+            "  to do: say `per: batch`, or give the last block such experts (`layers` of model.experts.groups)"
         )
     return Fork(wanted.method, losses, per=wanted.per or "sample", reduce=sum_over_ranks, strength=wanted.strength)
 

@@ -30,7 +30,7 @@ OBJECTIVES = {
 SAMPLES, GAMMA = 16, 0.03
 
 Case = tuple[str, str]
-"""(method, sample, modality, batch or trunk)."""
+"""(method, sample, modality, expert, batch or trunk)."""
 
 
 def gradients(folder: str, plan: list[tuple[int, int, list[Case]]]) -> None:

@@ -23,7 +23,7 @@ from moemm.testing.tiny import tiny_config
 from moemm.train.harmonizing import build_fork, draw_number, gamma, report
 from moemm.train.setup import train_values
 
-PER = ("sample", "token", "modality", "batch")
+PER = ("sample", "token", "modality", "expert", "batch")
 METHODS = sorted(set(HARMONIZERS) - {"sum"})
 OBJECTIVES = {
     "supervised": {"weight": 1.0},
@@ -39,10 +39,20 @@ class Leaves(nn.Module):
 
     drops = False
 
+    def __init__(self, per: str = "sample"):
+        super().__init__()
+        self.per = per
+
     def forward(self, x_TD: torch.Tensor, readers: Readers) -> tuple[torch.Tensor, ...]:
         self.x_TD, self.readers = x_TD, readers
         self.leaves = tuple(x_TD.detach().clone().requires_grad_() for _ in readers.loss_BT)
         return self.leaves
+
+
+def surest(topk: Any) -> list[int]:
+    """The routed expert with the highest gate of each token."""
+    pairs = zip(topk.gates_TK.tolist(), topk.experts_TK.tolist(), strict=True)
+    return [max(zip(gates, experts, strict=True))[1] for gates, experts in pairs]
 
 
 class Run:
@@ -80,8 +90,10 @@ class Run:
 
     def explicit(self, method: str, per: str, num_losses: int, context: Context) -> torch.Tensor:
         """By loops over losses and groups."""
-        leaves = Leaves()
+        leaves, routes = Leaves(per), []
+        hook = self.model.trunk.blocks[-1].ffn.router.register_forward_hook(lambda *given: routes.append(given[2]))
         self.backward(leaves)
+        hook.remove()
         readers = leaves.readers
         z_LTD = torch.zeros(num_losses, *leaves.x_TD.shape, dtype=torch.float64)
         for leaf, loss_T in zip(leaves.leaves, readers.loss_BT, strict=True):
@@ -90,7 +102,7 @@ class Run:
                     z_LTD[loss, token] += leaf.grad[token]  # type: ignore[index]
         tokens = range(len(readers.sample_T))
         groups = {"token": list(tokens), "sample": readers.sample_T.tolist(), "modality": readers.modality_T.tolist(),
-                  "batch": [0] * len(tokens)}[per]  # fmt: skip
+                  "expert": surest(routes[0].topk), "batch": [0] * len(tokens)}[per]  # fmt: skip
         settled_TD = torch.zeros_like(leaves.x_TD)
         names = sorted(set(groups))
         rows = [[token for token in tokens if groups[token] == name] for name in names]
@@ -189,9 +201,9 @@ def test_two_ranks_sum_the_gram_matrices_of_what_they_share() -> None:
     for per in PER:
         fork = Fork("upgrad", ["a", "b"], per=per, reduce=reduce)
         x_TD = torch.zeros(3, 2, requires_grad=True)
-        branches = fork(x_TD, Readers(torch.tensor([[0] * 3, [1] * 3]), index_T, index_T, 1, 1))
+        branches = fork(x_TD, Readers(torch.tensor([[0] * 3, [1] * 3]), index_T, index_T, 1, 1, index_T, 1))
         sum(branch.sum() for branch in branches).backward()
-    assert [tensor.dtype for tensor in seen] == [torch.float64] * 2
+    assert [tensor.dtype for tensor in seen] == [torch.float64] * 3
 
 
 def test_gamma_moves_in_a_line(tmp_path: Path) -> None:
@@ -212,6 +224,44 @@ def test_losses_that_never_meet_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"no two losses of this run read the same tokens.*\n  given: shapes, tones, mask"
     ):
+        build_fork(run.config, run.model)
+
+
+@pytest.mark.parametrize("method", ["upgrad", "mgda"])
+def test_without_a_router_experts_are_those_of_the_modalities(tmp_path: Path, method: str) -> None:
+    groups = [{"kind": "routed", "count": 2, "width": 8, "layers": "0"}, {"kind": "shared", "width": 16},
+              {"kind": "modality", "width": 8}]  # fmt: skip
+    run = Run(tmp_path, harmonize={"method": "upgrad"}, model={"dim": 16, "heads": 2, "experts": {"groups": groups}})
+    by_modality = run.backward(make(run, method, "modality"))
+    assert torch.equal(run.backward(make(run, method, "expert")), by_modality)
+    assert not torch.equal(run.backward(make(run, method, "sample")), by_modality)
+
+
+def test_a_block_that_is_computed_again_has_the_experts_of_the_first_time(run: Run) -> None:
+    kept = run.backward(make(run, "upgrad", "expert"))
+    run.model.trunk.recompute = True
+    again = run.backward(make(run, "upgrad", "expert"))
+    run.model.trunk.recompute = False
+    torch.testing.assert_close(again, kept, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"moe": "dense"}, "harmonize.per: groups tokens by the expert .* `model.moe: dense` has none"),
+        (
+            {"experts": {"groups": [{"kind": "shared", "width": 8}, {"kind": "routed", "width": 8, "layers": "0"}]}},
+            "harmonize.per is expert, but the last block has no modality or routed expert",
+        ),
+    ],
+)
+def test_experts_that_are_not_there_are_refused(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run = Run(
+            tmp_path,
+            harmonize={"method": "upgrad", "per": "expert"},
+            model={"dim": 16, "heads": 2, "layers": 2, **model},
+        )
         build_fork(run.config, run.model)
 
 

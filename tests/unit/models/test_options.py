@@ -92,13 +92,13 @@ def test_in_order_a_token_sees_no_later_modality() -> None:
     model, batch = make(OPTIONS["ordered"])
     model.eval()
     stream = model.tokenize(batch)
-    (before,), _ = model.trunk(stream)
+    (before,), *_ = model.trunk(stream)
     last = stream.modality_T == 3
     stream.values_TD = stream.values_TD + last[:, None] * torch.randn_like(stream.values_TD)
-    (after,), _ = model.trunk(stream)
+    (after,), *_ = model.trunk(stream)
     assert torch.equal(before[~last], after[~last]) and not torch.equal(before[last], after[last])
     stream.values_TD = stream.values_TD + (stream.modality_T == 0)[:, None] * torch.randn_like(stream.values_TD)
-    (moved,), _ = model.trunk(stream)
+    (moved,), *_ = model.trunk(stream)
     with_first = torch.isin(stream.sample_T, stream.sample_T[stream.modality_T == 0])
     assert (moved != after)[last & with_first].any(1).all(), "later tokens see the first modality"
 

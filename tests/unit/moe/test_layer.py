@@ -188,3 +188,46 @@ def test_a_whole_layer_compiles_as_one_graph_and_exports(name: str) -> None:
             torch.testing.assert_close(plain, other)
     exported = torch.export.export(Output(layer), given).module()
     torch.testing.assert_close(exported(*given), layer(*given)[0])
+
+
+def sent_to(layer: MoELayer, x_TD: torch.Tensor, row_T: torch.Tensor) -> list[str | None]:
+    """Of each token, by name: the routed expert with the highest gate, or its first modality expert, or none."""
+    routes = None if layer.router is None else layer.router(x_TD, row_T).topk
+    names, found = [expert.id for expert in layer.map.of_role("routed")], []
+    for token, number in enumerate(row_T.tolist()):
+        used = []
+        if routes is not None:
+            slots = zip(routes.gates_TK[token].tolist(), routes.experts_TK[token].tolist(), strict=True)
+            used = [(gate, names[expert]) for gate, expert in slots if expert >= 0]
+        own = [e.id for e in layer.map.of_role("hard") if e.serves(*layer.map.rows[number])]
+        found.append(max(used)[1] if used else own[0] if own else None)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("groups", "router", "some_none"),
+    [
+        ((SHARED, MODALITY, ROUTED), {"top_k": 2}, False),
+        ((SHARED, MODALITY, ROUTED), {"kind": "expert_choice", "capacity": 0.5}, False),
+        ((SHARED, ROUTED), {"kind": "batch_priority", "capacity": 0.5}, True),
+        ((SHARED, ROUTED, Group(kind="zero", count=2)), {"kind": "top_p", "p": 0.7}, False),
+        ((SHARED, MODALITY), {}, False),
+        ((SHARED, Group(kind="modality", width=4, modalities=["audio", "text"])), {}, True),
+    ],
+)
+def test_tokens_are_told_apart_by_where_they_were_sent(
+    groups: tuple[Group, ...], router: dict[str, object], some_none: bool
+) -> None:
+    layer = make_layer(*groups, **router)
+    x_TD, row_T = tokens(layer)
+    choice_T = layer.choice(row_T, layer(x_TD, row_T)[1])
+    names = sent_to(layer, x_TD, row_T)
+    assert layer.tells_apart and int(choice_T.min()) >= 0 and int(choice_T.max()) < layer.num_choices
+    same_TT = torch.tensor([[a == b for a in names] for b in names])
+    assert torch.equal(choice_T[:, None] == choice_T, same_TT)
+    assert len(set(names)) > 1 and (None in names) == some_none
+    assert torch.equal(layer.choice(row_T[:0], layer(x_TD[:0], row_T[:0])[1]), row_T[:0]), "a rank without tokens"
+
+
+def test_shared_experts_tell_no_tokens_apart() -> None:
+    assert not make_layer(SHARED).tells_apart
