@@ -33,14 +33,17 @@ Case = tuple[str, str]
 """(method, sample, modality, expert, batch or trunk)."""
 
 
-def gradients(folder: str, plan: list[tuple[int, int, list[Case]]]) -> None:
-    """The gradients of every case, in FOLDER/WORLD_STAGE_ACCUMULATION.npz. plan: (stage, accumulation, cases)."""
+def gradients(folder: str, plan: list[tuple[int, int, list[Case]]], precision: str = "fp32") -> None:
+    """The gradients of every case, in FOLDER/PRECISION_WORLD_STAGE_ACCUMULATION.npz.
+
+    plan: (stage, accumulation, cases).
+    """
     world = connect(timeout_s=60)
     for stage, accumulation, cases in plan:
-        with_gradients = Handover(Path(folder), world, stage, accumulation)
+        with_gradients = Handover(Path(folder), world, (stage, accumulation, precision))
         found = {" ".join(case): with_gradients(*case) for case in cases}
         if world.is_main:
-            np.savez(Path(folder) / f"{world.size}_{stage}_{accumulation}.npz", **found)
+            np.savez(Path(folder) / f"{precision}_{world.size}_{stage}_{accumulation}.npz", **found)
         with_gradients.trainer.close()
         del with_gradients
         gc.collect()
@@ -49,12 +52,18 @@ def gradients(folder: str, plan: list[tuple[int, int, list[Case]]]) -> None:
 class Handover:
     """A trainer that hands each step's gradient over instead of applying it, so that its weights stay what they are."""
 
-    def __init__(self, folder: Path, world: World, stage: int, accumulation: int) -> None:
+    def __init__(self, folder: Path, world: World, way: tuple[int, int, str]) -> None:
+        stage, accumulation, precision = way
         mine = folder if world.is_main else folder / f"rank_{world.rank}"
         loaded = tiny_config(
             mine,
             objectives=OBJECTIVES,
-            train={"output": str(folder / "none"), "batch_size": SAMPLES, "accumulation": accumulation},
+            train={
+                "output": str(folder / "none"),
+                "batch_size": SAMPLES,
+                "accumulation": accumulation,
+                "precision": precision,
+            },
             harmonize={"method": "gradvac", "per": "batch"},
             deepspeed={"zero_stage": stage, "extra": SMALL if stage == 3 else {}},
         )

@@ -1,4 +1,4 @@
-"""Settled gradients of two ranks against those of one, for every method; one job for each number of ranks.
+"""Settled gradients of two ranks against those of one, for every method, in fp32 and bf16; few jobs with many cases.
 
 Those of one rank are held to plain PyTorch in tests/unit/harmonize/test_fork.py and tests/unit/train/test_trunk.py.
 """
@@ -27,6 +27,10 @@ PLAN = [
     (2, 4, [PLAIN, *FORK, ("upgrad", "trunk"), ("gradvac", "trunk"), ("curriculum", "trunk")]),
 ]
 """(stage, accumulation, cases): every method in ZeRO-2, some in every stage."""
+LOW_PLAN = [(1, 1, [PLAIN, *SOME]), (2, 1, [PLAIN, *FORK, *TRUNK]), (2, 4, [PLAIN, *SOME]), (3, 1, [PLAIN, *SOME])]
+"""The same in bf16, which DeepSpeed has no ZeRO-0 for."""
+LIKE_SUM = tuple(f"dual_cone {per}" for per in ("modality", "expert", "batch", "trunk"))
+"""What projects the sum may have nothing to do where gradients oppose each other, but not the sum."""
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +40,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place in (made, made / "rank_1"):
         write_tiny_data(place)
     alone = [(0, accumulation, cases) for _, accumulation, cases in PLAN[-2:]]
-    for ranks, plan in ((1, alone), (2, PLAN)):
-        run_distributed(
-            "settling:gradients", ranks=ranks, arguments={"folder": str(made), "plan": plan}, path=[HERE], timeout_s=250
-        )
+    for ranks, precision, plan in ((1, "fp32", alone), (2, "fp32", PLAN), (2, "bf16", LOW_PLAN)):
+        arguments = {"folder": str(made), "precision": precision, "plan": plan}
+        run_distributed("settling:gradients", ranks=ranks, arguments=arguments, path=[HERE], timeout_s=250)
     return made
 
 
 @pytest.mark.parametrize(("stage", "accumulation", "cases"), PLAN)
 def test_two_ranks_settle_as_one(folder: Path, stage: int, accumulation: int, cases: list[tuple[str, str]]) -> None:
-    one, two = (np.load(folder / f"{name}_{accumulation}.npz") for name in ("1_0", f"2_{stage}"))
+    one, two = (np.load(folder / f"fp32_{name}_{accumulation}.npz") for name in ("1_0", f"2_{stage}"))
     plain = one["sum batch"]
     wrong, idle = {}, {}
     for case in map(" ".join, cases):
@@ -53,10 +56,26 @@ def test_two_ranks_settle_as_one(folder: Path, stage: int, accumulation: int, ca
         change = np.linalg.norm(one[case] - plain) / np.linalg.norm(plain)
         if not error <= 5e-6:
             wrong[case] = float(error)
-        # What projects the sum may have nothing to do where gradients oppose each other, but not the sum.
-        if change < 1e-2 and case not in (
-            "sum batch",
-            *(f"dual_cone {per}" for per in ("modality", "expert", "batch", "trunk")),
-        ):
+        if change < 1e-2 and case not in ("sum batch", *LIKE_SUM):
             idle[case] = float(change)
     assert not wrong and not idle
+
+
+@pytest.mark.parametrize(("stage", "accumulation", "cases"), LOW_PLAN)
+def test_bf16_settles_nearly_as_fp32(folder: Path, stage: int, accumulation: int, cases: list[tuple[str, str]]) -> None:
+    full, low = (np.load(folder / f"{name}_{accumulation}.npz") for name in ("fp32_1_0", f"bf16_2_{stage}"))
+    wrong = {}
+    for case in map(" ".join, cases):
+        near = [cosine(low[case], full[case]), np.linalg.norm(low[case]) / np.linalg.norm(full[case])]
+        if not (near[0] >= 0.999 and 0.98 <= near[1] <= 1.02):
+            wrong[case] = near
+        if case not in ("sum batch", *LIKE_SUM):  # the plain sum is near some of them, and changes nothing
+            change = cosine(low[case] - low["sum batch"], full[case] - full["sum batch"])
+            if not change >= 0.98:
+                wrong[f"change of {case}"] = [change]
+    assert not wrong
+    assert (low["sum batch"] != full["sum batch"]).mean() > 0.9, "this must not be fp32"
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
