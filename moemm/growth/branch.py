@@ -161,7 +161,7 @@ def _specs(bases: Sequence[Base], catalogue: Catalogue) -> Specs:
             if other is not None:
                 place, before, now = other
                 raise ConfigError(
-                    f"modality {name} has another tokenizer or other statistics in {base.run.folder}: {place} is {now}, "
+                    f"modality {name} has another tokenizer or statistics in {base.run.folder}: {place} is {now}, "
                     f"and {before} in the runs before it\n"
                     "  to do: train the runs from one start, which `train.init` takes over"
                 )

@@ -77,7 +77,7 @@ def test_modalities_that_mean_other_things_are_refused(branches: tuple[Path, Pat
     write_tiny_data(data, seed=5)
     task = {"name": "more_shapes", "file": "shapes.h5"}
     run = trained(data, model=DENSE, data={"root": str(data), "num_workers": 0, "tasks": [task]})
-    with pytest.raises(ConfigError, match="modality image has another tokenizer or other statistics"):
+    with pytest.raises(ConfigError, match="modality image has another tokenizer or statistics"):
         mixed(tmp_path / "out", branches[0], run)
     same_name = {"name": "shapes", "file": "shapes.h5"}
     section = {"root": str(data), "num_workers": 0, "tasks": [same_name]}
