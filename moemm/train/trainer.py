@@ -101,6 +101,7 @@ class Trainer:
             collapse=not few_are_wanted(self.config.model.router),
         )
         self._prepare = prepare_functions(setup.specs)
+        self._frozen = FrozenState(model, None)  # nothing, until `run` begins: weights may still be read
         # Weights are equal on all ranks; from here on each rank draws its own dropout.
         seed_everything(self.config.train.seed + 7919 * (world.rank + 1), deterministic=self.config.train.deterministic)
 
