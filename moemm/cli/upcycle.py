@@ -24,10 +24,10 @@ class Upcycle:
     sources: Annotated[Positional[tuple[Path, ...]], arg(name="sources", metavar="RUN|FILE...")]
     """Folder of a dense run (of several, for branch; of a sparse one, for expand); with --rules a safetensors file, or
     a folder of them."""
-    method: Literal["copy", "noise", "modality", "virtual", "drop", "branch", "expand"] = "copy"
+    method: Literal["copy", "noise", "modality", "virtual", "drop", "branch", "multiplet", "expand"] = "copy"
     """copy: equal copies. noise: with noise on each. modality: one for each modality. virtual: cut into shards, a group
-    of which is used together. drop: part of each copy drawn anew. branch: one from each of several runs. expand: more
-    experts of the routed ones that are there."""
+    of which is used together. drop: part of each copy drawn anew. branch: one from each of several runs. multiplet: one
+    from each of several stages of training. expand: more experts of the routed ones that are there."""
     recipe: Path | None = None
     """Configuration whose `model` and `train` sections the new run has; when not given, the method's own groups."""
     rules: Path | None = None
@@ -35,15 +35,19 @@ class Upcycle:
     output: Path | None = None
     """Folder of the new run; RUN-METHOD when not given."""
     experts: int | None = None
-    """copy, noise, virtual, drop: copies of the dense network; 4 when not given."""
+    """copy, noise, virtual, drop: copies of the dense network. multiplet: experts, a stage less. 4 when not given."""
     top_k: int | None = None
-    """Copies that a token uses: 1 when not given, 2 for branch."""
+    """Copies that a token uses: 1 when not given, 2 for branch and multiplet."""
     granularity: int | None = None
     """Shards that a copy is cut into; as few as hold it when not given, for virtual 2, or all slots of a recipe."""
     noise: float | None = None
     """noise: deviation, as a share of that of each matrix; 0.05 when not given."""
     drop: float | None = None
     """drop: share of each copy's hidden units that is drawn anew; 0.5 when not given."""
+    clusters: int | None = None
+    """multiplet: clusters of samples that each stage tells apart; 4 when not given."""
+    steps: int | None = None
+    """multiplet: training steps of each stage, and of the routers; 200 when not given."""
     factor: int | None = None
     """expand: how many times as many experts; 2 when not given."""
     duplicates: Literal["even", "gradient"] | None = None

@@ -65,6 +65,9 @@ class DataConfig:
     """The same at the first step, from where it moves in a straight line; it never moves when not given."""
     modality_dropout_over: Annotated[float, Interval(gt=0.0, le=1.0)] | None = None
     """Share of the steps over which it moves: 1 when not given."""
+    within: Annotated[str, MinLen(1)] | None = None
+    """File with a label for each training sample, as `moemm upcycle --method multiplet` writes it: a batch holds
+    samples of one label, but for those in which a label or an epoch ends. Relative to the working directory."""
     num_workers: Annotated[int, Ge(0)] = 1
     """Worker processes that read and pack; 0 reads in the training process."""
     prefetch: Count = 4

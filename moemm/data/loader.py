@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from moemm.data.labels import labelled_items
 from moemm.data.mixture import Bags, Draw, MixtureSampler
 from moemm.data.pack import Packer
 from moemm.data.sample import PackedBatch, Prepare, Sample
+from moemm.data.within import read_within
 from moemm.errors import ConfigError, DataError, MoemmError
 
 _DROPOUT = 2  # what a random stream is for; 0 and 1 are the sampler's
@@ -248,6 +250,15 @@ def _drawn_items(config: Config, catalogue: Catalogue) -> list[np.ndarray] | Non
     ]
 
 
+def _labels(config: Config, catalogue: Catalogue) -> list[np.ndarray] | None:
+    """Those of `data.within`, of the samples that are drawn."""
+    if config.data.within is None:
+        return None
+    items = _drawn_items(config, catalogue)
+    labels = read_within(Path(config.data.within), catalogue, learning_groups(config, catalogue))
+    return labels if items is None else [one[own] for one, own in zip(labels, items, strict=True)]
+
+
 def train_loader(
     catalogue: Catalogue,
     config: Config,
@@ -280,6 +291,7 @@ def train_loader(
         accumulation=config.train.accumulation,
         start_step=start_step,
         bags=read.bags(),
+        labels=_labels(config, catalogue),
     )
     packer = Packer(catalogue, prepare)
     return BatchLoader(read, packer, sampler, num_workers=config.data.num_workers, prefetch=config.data.prefetch)

@@ -18,7 +18,7 @@ import numpy as np
 
 from moemm.errors import ConfigError
 
-_EPOCH, _TASK = 0, 1  # what a random stream is for
+_EPOCH, _TASK, _WITHIN = 0, 1, 4  # what a random stream is for
 _KEPT = 8
 
 
@@ -42,6 +42,8 @@ class MixtureSampler:
 
     sizes: samples of each task's train split. batch_size: draws a step over all ranks and micro-batches.
     bags: for each task the runs that its samples are drawn in; None: one by one.
+    labels: of each task (n,), of its samples; a batch then holds draws of one label, but for those in which a label or
+    an epoch ends.
     Iterating gives this rank's micro-batches in order, from `start_step`, without end.
     Raises ConfigError: a batch that cannot be shared out evenly, an empty train split.
     """
@@ -58,6 +60,7 @@ class MixtureSampler:
         accumulation: int = 1,
         start_step: int = 0,
         bags: Sequence[Bags | None] | None = None,
+        labels: Sequence[np.ndarray] | None = None,
     ) -> None:
         shares = world_size * accumulation
         if batch_size < 1 or batch_size % shares:
@@ -70,7 +73,7 @@ class MixtureSampler:
             raise ConfigError(f"data.tasks: every task needs training samples; the train splits have {list(sizes)}")
         self.sizes = tuple(int(n) for n in sizes)
         self.counts = _shares(self.sizes, temperature)
-        self.seed, self.batch_size = seed, batch_size
+        self.seed, self.batch_size, self._labels = seed, batch_size, labels
         self.rank, self.world_size, self.accumulation, self.start_step = rank, world_size, accumulation, start_step
         self._bags = list(bags or [None] * len(self.sizes))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -120,10 +123,27 @@ class MixtureSampler:
             order = self._random(_EPOCH, epoch).permutation(self.samples_per_epoch)
             if any(bags is not None for bags in self._bags):
                 order = _together(order, self._runs(items), len(order))
+            if self._labels is not None:
+                order = self._within(epoch, tasks, items, order, self._labels)
             if len(self._epochs) > 1:
                 self._epochs.clear()
             self._epochs[epoch] = tasks[order], items[order]
         return self._epochs[epoch]
+
+    def _within(
+        self, epoch: int, tasks: np.ndarray, items: np.ndarray, order: np.ndarray, labels: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """`order` with the draws of a label together, cut where batches begin, and the batches mixed."""
+        random, size = self._random(_WITHIN, epoch), self.batch_size
+        label = np.empty(len(tasks), np.int64)
+        for task, own in enumerate(labels):
+            label[tasks == task] = own[items[tasks == task]]
+        _, place = np.unique(label[order], return_inverse=True)
+        order = order[np.argsort(random.permutation(int(place.max()) + 1)[place], kind="stable")]
+        head = min(-(epoch * self.samples_per_epoch) % size, len(order))  # of the batch that the last epoch began
+        whole = (len(order) - head) // size
+        blocks = order[head : head + whole * size].reshape(whole, size)[random.permutation(whole)]
+        return np.concatenate([order[:head], blocks.ravel(), order[head + whole * size :]])
 
     def _items(self, task: int, epoch: int) -> np.ndarray:
         """The items of a task that an epoch draws: its next `counts` places in the row of permutations."""

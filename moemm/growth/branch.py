@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from moemm.config import DataConfig, ModalityConfig, TaskConfig
+from moemm.config import Config, DataConfig, ModalityConfig, TaskConfig
 from moemm.config.schema import ExpertGroupConfig, RouterConfig
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
@@ -72,25 +72,32 @@ def branch(bases: Sequence[Base], start: Start, wanted: Wanted, output: Path, ba
     layers = [
         dense_layers(b.run.config, cast(Model, b.run.model).map, b.weights, where=str(b.run.folder)) for b in bases
     ]
-    top_k = min(2, len(bases)) if wanted.top_k is None else wanted.top_k
-    if top_k > len(bases):
-        raise ConfigError(f"--top-k {top_k}: there are {len(bases)} experts, one for each run; allowed: 1 to that")
-    group = ExpertGroupConfig(kind="routed", count=len(bases), width=layers[0][0].units)
-    router = RouterConfig(top_k=top_k, gates="renormalised" if top_k > 1 else "straight_through")
-    sparse = replace(start.config.model, moe="sparse", router=router)
-    sparse = replace(sparse, experts=replace(sparse.experts, groups=[group]))
-    config = replace(start.config, model=sparse, train=replace(start.config.train, output=str(output)))
-    config = settled(config)
+    config = routed_config(start.config, len(bases), layers[0][0].units, wanted.top_k, output)
     model = fresh_model(config, start.catalogue, start.specs)
-    rules = [*_expert_rules(layers, model), *_mean_rules(bases, model.state_dict())]
+    rules = [*expert_rules(layers, model), *_mean_rules(bases, model.state_dict())]
     weights, _ = apply_rules([*rules, *_run_rules()], _named(bases), model.state_dict())
     model.load_state_dict(weights)
     changed = [f"routed_{n} holds the dense network of {base.run.folder}" for n, base in enumerate(bases)]
     return Made(config=config, model=model.eval(), changed=changed, exact=False)
 
 
-def _expert_rules(layers: Sequence[Sequence[DenseLayer]], model: Model) -> Iterator[Rule]:
-    """run N's dense network of each layer -> expert N."""
+def routed_config(start: Config, count: int, width: int, top_k: int | None, output: Path) -> Config:
+    """The configuration of a dense model with routed experts in place of its network; a token uses 2 when not given.
+
+    Raises ConfigError for a top_k of more than `count`.
+    """
+    top_k = min(2, count) if top_k is None else top_k
+    if top_k > count:
+        raise ConfigError(f"--top-k {top_k}: there are {count} experts, one for each run; allowed: 1 to {count}")
+    group = ExpertGroupConfig(kind="routed", count=count, width=width)
+    router = RouterConfig(top_k=top_k, gates="renormalised" if top_k > 1 else "straight_through")
+    sparse = replace(start.model, moe="sparse", router=router, experts=replace(start.model.experts, groups=[group]))
+    train = replace(start.train, output=str(output), init=None)
+    return settled(replace(start, name=f"{start.name}-{count}", model=sparse, train=train))
+
+
+def expert_rules(layers: Sequence[Sequence[DenseLayer]], model: Model) -> Iterator[Rule]:
+    """run N's dense network of each layer (its tensors are named run0.NAME and so on) -> expert N."""
     halves = 2 if model.config.activation == "swiglu" else 1
     experts = [expert.id for expert in model.map.of_role("routed")]
     for number, (own, expert) in enumerate(zip(layers, experts, strict=True)):

@@ -41,7 +41,7 @@ from moemm.growth.samples import mixture_batches
 from moemm.models import Model
 from moemm.plugins import load_plugins
 
-Method = Literal["copy", "noise", "modality", "virtual", "drop", "branch", "expand"]
+Method = Literal["copy", "noise", "modality", "virtual", "drop", "branch", "multiplet", "expand"]
 PRESERVING = ("copy", "modality", "virtual")
 """Methods after which the model computes what it did, as far as its router lets it."""
 OPTIMIZER = "not kept: its moments are those of other parameters; training begins with new ones"
@@ -56,8 +56,8 @@ class Wanted:
 
     recipe: configuration whose `model` and `train` sections the new run gets. experts: copies of the dense network;
     top_k: of them a token uses; granularity: shards that each is cut into. noise, drop: shares, see the methods.
-    factor: m of expand; duplicates: whether each expert gets m copies, or as many as its gradient asks for.
-    samples: of the probe batch. seed: of what is drawn for the copies.
+    clusters, steps: of each stage of multiplet. factor: m of expand; duplicates: whether each expert gets m copies, or
+    as many as its gradient asks for. samples: of the probe batch. seed: of what is drawn for the copies.
     """
 
     method: Method = "copy"
@@ -69,6 +69,8 @@ class Wanted:
     granularity: int | None = None
     noise: float | None = None
     drop: float | None = None
+    clusters: int | None = None
+    steps: int | None = None
     factor: int | None = None
     duplicates: Literal["even", "gradient"] | None = None
     samples: int = 64
@@ -76,8 +78,10 @@ class Wanted:
 
 
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "experts": ("copy", "noise", "virtual", "drop"),
-    "top_k": ("copy", "noise", "virtual", "drop", "branch"),
+    "experts": ("copy", "noise", "virtual", "drop", "multiplet"),
+    "top_k": ("copy", "noise", "virtual", "drop", "branch", "multiplet"),
+    "clusters": ("multiplet",),
+    "steps": ("multiplet",),
     "granularity": ("copy", "noise", "modality", "virtual", "drop"),
     "noise": ("noise",),
     "drop": ("drop",),
@@ -202,6 +206,12 @@ def _prepare(paths: Sequence[Path], wanted: Wanted, tell: Tell) -> tuple[Start, 
         bases = [read_base(path) for path in paths]
         start = join_runs(bases)
         return start, lambda output, batches: branch(bases, start, wanted, output, batches)
+    if wanted.method == "multiplet":
+        from moemm.growth.multiplet import multiplet
+
+        base = read_base(paths[0])
+        start = Start.of_run(base)
+        return start, lambda output, batches: multiplet(base, start, wanted, output, batches, tell)
     if wanted.rules is not None:
         assert wanted.recipe is not None
         start = read_foreign(paths[0], wanted.rules, load_config(wanted.recipe))
@@ -222,8 +232,8 @@ def check_options(paths: Sequence[Path], wanted: Wanted) -> None:
         if getattr(wanted, name) is not None and wanted.method not in methods:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} has no meaning for --method {wanted.method}; it is for {', '.join(methods)}")
-    for name in ("experts", "top_k", "granularity", "factor", "samples"):
-        value, least = getattr(wanted, name), 2 if name == "factor" else 1
+    for name in ("experts", "top_k", "granularity", "factor", "samples", "clusters", "steps"):
+        value, least = getattr(wanted, name), 2 if name in ("factor", "clusters") else 1
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     for name, most in (("noise", 10.0), ("drop", 1.0)):

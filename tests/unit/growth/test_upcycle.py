@@ -153,6 +153,23 @@ def test_a_recipe_is_taken_with_its_training(dense: Path, tmp_path: Path) -> Non
         assert torch.equal(weights[member], source["trunk.blocks.0.attention.qkv.weight"])
 
 
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"kind": "sigmoid", "bias_rate": 0.01}, {"kind": "sigmoid", "top_k": 2, "gates": "renormalised"},
+        {"kind": "noisy", "top_k": 2}, {"kind": "laplace", "scope": "modality"}, {"kind": "top_p", "p": 0.4},
+        {"kind": "top_p", "top_k": 2, "gates": "straight_through"}, {"kind": "combination"}, {"kind": "hard"},
+    ],
+    ids=lambda router: "-".join(map(str, router.values())),
+)  # fmt: skip
+def test_every_other_router(router: dict[str, Any], dense: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path / "r", **TRUNK, router=router, experts={"groups": [{**POOL, "width": WIDTH}]})
+    receipt, _ = grown(dense, tmp_path / "out", recipe=path)
+    assert receipt.ok and receipt.proofs[0].most == 1e-5
+    gradient = [proof.least for proof in receipt.proofs[1:]]
+    assert gradient == ([] if router["kind"] == "hard" else [None] if router["kind"] == "top_p" else [1e-5])
+
+
 @pytest.mark.parametrize("kind", ["expert_choice", "batch_priority"])
 def test_capacity_is_measured_and_told(kind: str, dense: Path, tmp_path: Path) -> None:
     groups = [{"kind": "routed", "count": 4, "width": WIDTH}]
