@@ -19,7 +19,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
-from moemm.config import Config, LoadedConfig
+from moemm.config import Config, LoadedConfig, load_config
 from moemm.data import eval_loader
 from moemm.data.loader import learning_groups
 from moemm.data.sample import PackedBatch
@@ -171,7 +171,7 @@ def _with_routers(
         before = float(task_loss(model, batches)) / samples
     old = {name: value.clone() for name, value in model.state_dict().items()}
     with _own_screen():
-        train(LoadedConfig(config=short, path=folder / "config.yaml", source={}, origins={}), resume=True)
+        train(load_config(folder / "config.yaml"), resume=True)
     trained = read_base(folder)
     moved = [name for name, value in trained.weights.items() if not torch.equal(value, old[name])]
     others = [name for name in moved if ".ffn.router." not in name]

@@ -24,7 +24,7 @@ CONTRASTIVE = {"contrastive": {"weight": 1.0}}
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense run that has learned to align the modalities of its samples, besides its tasks."""
-    return trained(tmp_path_factory.mktemp("aligned"), model=DENSE, objectives=CONTRASTIVE)
+    return trained(tmp_path_factory.mktemp("aligned"), model=DENSE, objectives=CONTRASTIVE, data={"root": "."})
 
 
 def test_all_stages_run_one_after_the_other(aligned: Path, tmp_path: Path, alone: None) -> None:

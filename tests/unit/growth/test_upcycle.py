@@ -23,7 +23,7 @@ from moemm.train import load_run, train
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose layers have one shared expert each."""
-    return trained(tmp_path_factory.mktemp("dense"), model=DENSE)
+    return trained(tmp_path_factory.mktemp("dense"), model=DENSE, data={"root": "."})
 
 
 @pytest.fixture(scope="module")
