@@ -130,7 +130,7 @@ def _check(
     elif method is not None and method not in METHODS:
         raise ConfigError(
             f"--method {method}: unknown{did_you_mean(method, METHODS)}\n  allowed: {', '.join(METHODS)}\n"
-            "  BTX, several dense runs as the experts of one, is `moemm upcycle --method btx`"
+            "  BTX, several dense runs as the experts of one, is `moemm upcycle --method branch`"
         )
     elif len(runs) + (base is not None) < 2:
         raise ConfigError(
