@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moemm.data import write_file as write_file
     from moemm.errors import MoemmError as MoemmError
     from moemm.evaluate import evaluate_run as evaluate_run
+    from moemm.growth import extend as extend
     from moemm.growth import merge as merge
     from moemm.growth import upcycle as upcycle
     from moemm.harmonize import register_harmonizer as register_harmonizer
@@ -39,6 +40,7 @@ _PUBLIC = {
     "backend_info": ("moemm.ops", "backend_info"),
     "build_model": ("moemm.models", "build_model"),
     "evaluate_run": ("moemm.evaluate", "evaluate_run"),
+    "extend": ("moemm.growth", "extend"),
     "load_config": ("moemm.config", "load_config"),
     "load_plugin": ("moemm.plugins", "load_plugin"),
     "load_run": ("moemm.train", "load_run"),

@@ -1,5 +1,6 @@
 """Models that grow: each operation reads a run, writes another beside it, and proves what it says in a receipt."""
 
+from moemm.growth import extend
 from moemm.growth.grown import Base, read_base, write_grown
 from moemm.growth.merging import merge
 from moemm.growth.receipt import Proof, Receipt, Size, read_receipt
@@ -11,6 +12,7 @@ __all__ = [
     "Receipt",
     "Size",
     "Wanted",
+    "extend",
     "merge",
     "read_base",
     "read_receipt",
