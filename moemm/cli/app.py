@@ -80,6 +80,8 @@ def _dispatch(arguments: list[str]) -> int:
 def _find(arguments: list[str]) -> tuple[str, list[str]]:
     """Name of the verb (one word or two) and what follows it; an empty name where only a group's help was asked for."""
     first, rest = arguments[0], arguments[1:]
+    if rest and f"{first} {rest[0]}" in VERBS:  # before the verb of one word, where there are both
+        return f"{first} {rest[0]}", rest[1:]
     if first in VERBS:
         return first, rest
     group = {name.partition(" ")[2]: name for name in VERBS if name.startswith(f"{first} ")}
@@ -88,9 +90,7 @@ def _find(arguments: list[str]) -> tuple[str, list[str]]:
     if not rest or rest[0] in ("-h", "--help"):
         print("\n".join(f"moemm {name} {VERBS[name].usage}\n    {VERBS[name].help}" for name in group.values()))
         return "", []
-    if rest[0] not in group:
-        raise _no_verb(rest[0], sorted(group), prog=f"moemm {first}")
-    return group[rest[0]], rest[1:]
+    raise _no_verb(rest[0], sorted(group), prog=f"moemm {first}")
 
 
 def _call(name: str, verb: Verb, arguments: list[str]) -> int:
@@ -100,7 +100,7 @@ def _call(name: str, verb: Verb, arguments: list[str]) -> int:
 
     module, _, attribute = verb.target.partition(":")
     owner = getattr(importlib.import_module(module), attribute)
-    options, overrides = split_overrides(arguments) if verb.overrides else (arguments, [])
+    options, overrides = split_overrides(arguments, _options(owner)) if verb.overrides else (arguments, [])
     if not {"-h", "--help"}.isdisjoint(options):
         options = ["--help"]
     _check_options(name, owner, options)
@@ -108,12 +108,16 @@ def _call(name: str, verb: Verb, arguments: list[str]) -> int:
     return command.run(overrides)
 
 
+def _options(owner: type) -> list[str]:
+    return [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(owner)]
+
+
 def _check_options(name: str, owner: type, options: Sequence[str]) -> None:
     """An option that the verb has not: the nearest one, or the key of the configuration that it may stand for."""
     from moemm.config.overrides import unknown_key
     from moemm.config.suggest import nearest
 
-    known = ["--help", *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(owner))]
+    known = ["--help", *_options(owner)]
     for option in (text.partition("=")[0] for text in options if text.startswith("--")):
         if option.replace("_", "-") in known:
             continue

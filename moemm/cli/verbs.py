@@ -57,6 +57,22 @@ VERBS: dict[str, Verb] = {
         target="moemm.cli.upcycle:Upcycle",
         help="from dense to sparse, or to more experts, with a proof",
     ),
+    "extend": Verb(
+        usage="RUN",
+        target="moemm.cli.extend:Extend",
+        help="add a modality, task or experts; the old parts stay",
+        overrides=True,
+    ),
+    "extend check": Verb(
+        usage="RUN",
+        target="moemm.cli.extend:Check",
+        help="compare an extended run with its base again",
+    ),
+    "extend remove": Verb(
+        usage="RUN",
+        target="moemm.cli.extend:Remove",
+        help="take the last extension away",
+    ),
     "report": Verb(
         usage="RUN",
         target="moemm.cli.report:Report",

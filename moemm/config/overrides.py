@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ class Override:
     text: str | None
 
 
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_overrides(arguments: Sequence[str], own: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """The arguments that are no overrides, and those that are.
 
-    An override starts with `--` and has a dot in its name or is a top-level key of the config.
+    An override starts with `--` and has a dot in its name or is a top-level key of the config. own: options, with their
+    dashes, that are none in any case (`--data` of `moemm extend`).
     """
     rest: list[str] = []
     overrides: list[str] = []
@@ -36,7 +37,8 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     while position < len(arguments):
         if arguments[position] == "--":
             return rest + list(arguments[position:]), overrides
-        count = _override_length(arguments[position : position + 2])
+        option = arguments[position].partition("=")[0].replace("_", "-")
+        count = 0 if option in own else _override_length(arguments[position : position + 2])
         (overrides if count else rest).extend(arguments[position : position + max(count, 1)])
         position += max(count, 1)
     return rest, overrides

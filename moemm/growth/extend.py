@@ -111,7 +111,8 @@ def apply(
     rewrite(receipt)
     if training:
         tell(f"training what is new for {plan.name}")
-        train(load_config(folder / CONFIG), resume=True)
+        if train(load_config(folder / CONFIG), resume=True)["exit_code"]:
+            tell(f"stopped; go on with moemm train {folder / CONFIG} --resume, then moemm extend check {folder}")
     return check(folder)
 
 

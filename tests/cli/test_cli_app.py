@@ -33,6 +33,13 @@ def test_every_verb_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"usage: moemm {name}" in capsys.readouterr().out
 
 
+def test_a_verb_may_have_others_behind_it() -> None:
+    assert app._find(["extend", "run", "--data", "x.h5"]) == ("extend", ["run", "--data", "x.h5"])
+    assert app._find(["extend", "check", "run"]) == ("extend check", ["run"])
+    assert app._find(["extend", "./check"]) == ("extend", ["./check"]), "a folder of that name"
+    assert app._find(["extend"]) == ("extend", [])
+
+
 def test_groups_have_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["config"]) == app.main(["data", "--help"]) == 0
     text = capsys.readouterr().out
@@ -44,7 +51,10 @@ def test_groups_have_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian", "a.yaml"], "moemm has no verb 'trian'; did you mean train?"),
         (["config", "shwo"], "moemm config has no verb 'shwo'; did you mean show?"),
-        (["xyzzy"], "verbs: analyze, bench, config, data, doctor, evaluate, inspect, merge, report, train, upcycle"),
+        (
+            ["xyzzy"],
+            "verbs: analyze, bench, config, data, doctor, evaluate, extend, inspect, merge, report, train, upcycle",
+        ),
         (["train", "a.yaml", "--resmue"], "moemm train has no option --resmue; did you mean --resume?"),
         (["train", "a.yaml", "--dim", "3"], "moemm train has no option --dim; did you mean --model.dim?"),
         (["evaluate", "run", "--model.dim", "3"], "moemm evaluate has no option --model.dim"),

@@ -92,3 +92,5 @@ def test_split() -> None:
         overrides,
     )
     assert split_overrides(["--", "--model.dim"]) == (["--", "--model.dim"], [])
+    own = ["run", "--data", "x.h5", "--train.steps", "3"]
+    assert split_overrides(own, ["--data"]) == (["run", "--data", "x.h5"], ["--train.steps", "3"])
