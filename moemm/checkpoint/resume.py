@@ -17,7 +17,7 @@ _FIXED = ("model.", "modalities.", "objectives.", "data.tasks.", "train.precisio
 """What decides shapes and meaning of the weights and of the optimizer's states: it may not change until a resume."""
 _FREE = ("model.experts.backend",)
 """Keys below those that change no meaning: they choose who computes the same."""
-_OF_OPTIMIZER = ("train.only",)
+_OF_OPTIMIZER = ("train.only", "train.precision")
 """Keys that may change where a checkpoint has weights alone."""
 _SHOWN = 8
 
