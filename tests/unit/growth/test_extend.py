@@ -20,7 +20,7 @@ from moemm.errors import CheckpointError, ConfigError, DataError
 from moemm.growth import extend, read_base
 from moemm.growth.extension import Plan, closed
 from moemm.growth.extension_choice import Trying
-from moemm.growth.extension_proof import compare
+from moemm.growth.extension_proof import compare, old_batches
 from moemm.growth.extension_trial import most_shifted, router_shift
 from moemm.growth.receipt import weights_hash
 from moemm.moe import ROUTERS, experts_of_groups
@@ -83,7 +83,7 @@ def test_old_parts_keep_their_bits_through_training(data: Path, tmp_path: Path, 
     run = trained(tmp_path, "run", data, **ROUTERS_OF[case])
     plan = planned(run, data, experts={"kind": "routed", "layers": "all"}, init="random")
     receipt = extend.apply(plan, output=tmp_path / "grown")
-    assert receipt.ok and receipt.verify()
+    assert receipt.ok and receipt.verify(old_batches(read_base(run)))
     found = proofs(receipt)
     assert found["old outputs that changed a bit right after the extension"] == 0
     assert found["old tensors whose bytes are not those of before"] == 0
