@@ -70,10 +70,10 @@ def load_stored(folder: Path, config: str, plugins: Sequence[Path | str] = ()) -
     loaded = load_config(folder / config, plugin_overrides(plugins))
     found = load_plugins(loaded, stored=True)
     if plugins:
-        before = {_digits(Path(name)) for name in load_config(folder / config).config.plugins}
-        for plugin in found:
-            if plugin.sha256[:_DIGITS] not in before:
-                warnings.warn(f"{plugin.path} is not the code that {folder} was made with", stacklevel=3)
+        given = {plugin.sha256[:_DIGITS] for plugin in found}
+        for name in load_config(folder / config).config.plugins:
+            if _digits(Path(name)) not in given:
+                warnings.warn(f"{folder} was made with {name}, which is not among the plugins given", stacklevel=3)
     return loaded
 
 

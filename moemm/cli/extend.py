@@ -28,7 +28,7 @@ class Extend:
 
     With --data alone it finds what is new in the file, chooses layers and copies, trains, scores old and new tasks, and
     writes a run folder with receipt.json. Exit code 1 where a proof fails. `moemm extend check` compares a run that was
-    trained further with its base again; `moemm extend remove` takes the last extension away. Keys of `train` may
+    trained further with its base again; `moemm extend remove` takes an extension away. Keys of `train` may
     follow: --train.steps 500.
     """
 
@@ -172,7 +172,7 @@ class Check:
 
 @dataclass(kw_only=True)
 class Remove:
-    """Write an extended run without its last extension: the weights of before, to the bit."""
+    """Write a run without one of its extensions: all other weights as they were, to the bit."""
 
     run_folder: RunFolder
     """Folder of the extended run; it stays as it is."""

@@ -71,7 +71,17 @@ VERBS: dict[str, Verb] = {
     "extend remove": Verb(
         usage="RUN",
         target="moemm.cli.extend:Remove",
-        help="take the last extension away",
+        help="take an extension away",
+    ),
+    "extend export": Verb(
+        usage="RUN NAME FILE",
+        target="moemm.cli.package:Export",
+        help="write an extension as a file of its own",
+    ),
+    "extend load": Verb(
+        usage="RUN FILE",
+        target="moemm.cli.package:Load",
+        help="put such a file into a run with the same base",
     ),
     "report": Verb(
         usage="RUN",

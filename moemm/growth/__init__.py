@@ -3,6 +3,7 @@
 from moemm.growth import extend
 from moemm.growth.grown import Base, read_base, write_grown
 from moemm.growth.merging import merge
+from moemm.growth.package import export_extension, load_extension
 from moemm.growth.receipt import Proof, Receipt, Size, read_receipt
 from moemm.growth.upcycling import Wanted, upcycle
 
@@ -12,7 +13,9 @@ __all__ = [
     "Receipt",
     "Size",
     "Wanted",
+    "export_extension",
     "extend",
+    "load_extension",
     "merge",
     "read_base",
     "read_receipt",

@@ -23,6 +23,7 @@ from moemm.growth.extension import Plan
 from moemm.growth.extension_choice import PRIVATE, Choice, Trying, extended_data
 from moemm.growth.extension_proof import OPERATION, Extension, changed_outputs, compare, read_extension, rewrite, scores
 from moemm.growth.grown import Base, check_target, fresh_model, read_base, size_of, write_grown
+from moemm.growth.package import remove_extension
 from moemm.growth.receipt import Proof, Receipt, lineage, weights_hash
 from moemm.train import train
 from moemm.train.setup import CONFIG
@@ -139,9 +140,10 @@ def check(folder: Path | str) -> Extension:
 
 
 def remove(run: Path | str, name: str, *, output: Path | str) -> Receipt:
-    """Write the run without its last extension: the weights of before to the bit, as the receipt of that says.
+    """Write the run without an extension; if it is the last, the weights of before to the bit, as its receipt says.
 
-    Raises ConfigError: no such extension, or one that others came after. CheckpointError.
+    One that others came after, or that a package brought, goes as `package.remove_extension` has it.
+    Raises ConfigError: no such extension, or one that others need. CheckpointError.
     """
     base = read_base(run)
     config = base.run.config
@@ -149,13 +151,10 @@ def remove(run: Path | str, name: str, *, output: Path | str) -> Receipt:
     if name not in names:
         have = f"; it has {', '.join(names)}{did_you_mean(name, names)}" if names else "; it has none"
         raise ConfigError(f"{run} has no extension {name!r}{have}")
-    if name != names[-1]:
-        raise ConfigError(
-            f"{run}: {', '.join(names[names.index(name) + 1 :])} came after {name} and was made on top of it\n"
-            f"  to do: remove {names[-1]} first"
-        )
     history = lineage(base.run.folder)
-    made = next(one for one in reversed(history) if one["operation"] == OPERATION and one["details"]["name"] == name)
+    made = _made(history, names)
+    if name != names[-1] or made is None:
+        return remove_extension(run, name, output=output)
     before = from_dict(made["details"]["base_config"], origin=f"the run before {name}")
     before = replace(before, train=replace(before.train, output=str(output)), data=_roots(before, config))
     loaded = LoadedConfig(config=before, path=base.run.folder / CONFIG, source={}, origins={})
@@ -175,6 +174,15 @@ def remove(run: Path | str, name: str, *, output: Path | str) -> Receipt:
     )  # fmt: skip
     write_grown(loaded, catalogue, specs, model, receipt)
     return receipt
+
+
+def _made(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any] | None:
+    """The receipt of the last of these extensions, if it came to a run with all others of them."""
+    for one in reversed(history):
+        if one["operation"] == OPERATION and one["details"]["name"] == names[-1]:
+            before = [extension["name"] for extension in one["details"]["base_config"]["model"]["extensions"]]
+            return dict(one) if before == list(names[:-1]) else None
+    return None
 
 
 def _roots(before: Config, now: Config) -> Any:

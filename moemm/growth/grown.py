@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +37,9 @@ class Base:
         return {"folder": str(self.run.folder), "step": self.run.step, "sha256": weights_hash(self.weights)}
 
 
-def read_base(path: Path | str) -> Base:
-    """Load the run that is to grow, with its data. Raises CheckpointError and DataError as `load_run`."""
-    run = load_run(path)
+def read_base(path: Path | str, *, plugins: Sequence[Path | str] = ()) -> Base:
+    """Load the run that is to grow, with its data. plugins, and what is raised, as `load_run`."""
+    run = load_run(path, plugins=plugins)
     return Base(run, read_weights(newest_complete(run.folder / CHECKPOINTS).folder))
 
 

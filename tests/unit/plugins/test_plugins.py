@@ -313,7 +313,7 @@ def test_a_name_without_a_hash_is_no_way_round(run: Path, again: Callable[[], No
 def test_other_code_than_the_runs(run: Path, again: Callable[[], None]) -> None:
     again()
     write(run.parent / "own.py", kind() + "\n# changed\n")
-    with pytest.warns(UserWarning, match="is not the code that .* was made with"):
+    with pytest.warns(UserWarning, match="was made with plugins/own-.*, which is not among the plugins given"):
         load_run(run, plugins=[run.parent / "own.py"])
     again()
     loaded = load_config(run.parent / "tiny.yaml")
