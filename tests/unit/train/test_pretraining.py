@@ -137,7 +137,7 @@ def test_a_subset_of_the_tasks_takes_what_is_shared(config: Any, tiny_data: Path
     reused = json.loads((tmp_path / "after" / "modalities.json").read_text())
     assert list(reused) == ["series"] and reused["series"]["fitted"]["mean"] == [7.0] * 4
     text = lines(tmp_path / "after", "message")[0]["text"]
-    assert "fresh here: heads.pool, heads.linear.other; not used from there: heads.linear.shapes" in text
+    assert "fresh here: heads.pool.query, heads.linear.other; not used from there: heads.linear.shapes" in text
 
 
 def test_init_that_does_not_fit_says_why(config: Any, tiny_data: Path, tmp_path: Path) -> None:
