@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.noisy_pairs import DIGITS, MOTIONS, Setting, area, patched, random_drop, triplets
+from benchmarks.noisy_pairs import DIGITS, MOTIONS, SETTINGS, Setting, area, patched, random_drop, triplets
 from moemm.data.file import DataFile
 from moemm.harmonize import Context
 from moemm.harmonize.methods import curriculum
@@ -22,6 +22,11 @@ def test_area_under_the_curve() -> None:
     assert area(np.array([0.1, 0.2, 0.3, 0.4]), positive) == 1.0
     assert area(np.array([0.4, 0.3, 0.2, 0.1]), positive) == 0.0
     assert area(np.array([0.1, 0.3, 0.2, 0.4]), positive) == 0.75
+
+
+def test_settings_have_names_of_their_own_and_are_of_equal_length() -> None:
+    assert len({setting.name for setting in SETTINGS}) == len(SETTINGS), "a name is a row and a file of results"
+    assert {setting.copies * setting.epochs for setting in SETTINGS} == {60}, "passes over the clips"
 
 
 def test_what_is_planted_is_what_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
