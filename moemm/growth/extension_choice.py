@@ -245,7 +245,7 @@ class Choice:
         kind = self.experts.get("kind") or ("modality" if self._model.map.of_role("hard") else "routed")
         if kind not in ("modality", "routed"):
             raise ConfigError(f"experts.kind is {kind!r}; allowed: modality, routed")
-        name = self.name or (new[0] if new else task.name if task else f"more_{self.visible[0]}")
+        name = self.name or (new[0] if len(new) == 1 else task.name if task else f"more_{self.visible[0]}")
         if not NAME.fullmatch(name):
             raise ConfigError(f"name: {name!r} is no name of an extension; allowed: {NAME.pattern}")
         return Addition(

@@ -185,6 +185,22 @@ def test_a_new_task_on_known_modalities(base: Path, data: Path, tmp_path: Path) 
     assert receipt.verify()
 
 
+def test_a_file_of_two_new_modalities(base: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    label, split = np.arange(40) % 2, np.array([0, 0, 1, 2] * 10, np.uint8)
+    values = {
+        name: ModalityData(kind="timeseries", values=random.normal(size=(40, 6, 5)).astype(np.float32))
+        for name in ("left", "right")
+    }
+    labels = {"label": LabelData(values=label)}
+    write_file(tmp_path / "arms.h5", task="arms", labels=labels, split=split, modalities=values)
+    plan = extend.plan(base, data=tmp_path / "arms.h5", init="random", trying=QUICK, training=SHORT)
+    assert plan.name == "arms" and plan.modalities == plan.visible_to == ("left", "right")
+    assert extend.apply(plan, output=tmp_path / "grown").ok
+    one = extend.plan(base, modality="left", data=tmp_path / "arms.h5", init="random", trying=QUICK)
+    assert one.modalities == ("left",) and one.config["data"]["tasks"][-1]["modalities"] == ["left"]
+
+
 def test_more_experts_for_a_known_modality(base: Path, tmp_path: Path) -> None:
     plan = extend.plan(base, visible_to=["series"], experts={"layers": "all"}, trying=QUICK, training=SHORT)
     assert plan.touched == ("tones",) and plan.name == "more_series"
