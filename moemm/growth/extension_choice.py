@@ -177,7 +177,7 @@ class Choice:
         name = self.task or own_task
         if name in [task.name for task in self.base.run.catalogue.tasks]:
             raise ConfigError(f"task {name} exists in {self.base.run.folder}; give the new one another name (--task)")
-        known = [one for one in have if one in self._old]
+        known = [one for one in have if one in self._old and one not in rename]
         task = TaskConfig(
             name=name, file=self._place(Path(self.data)), label=self.label, rename=rename, modalities=[*new, *known]
         )
@@ -188,14 +188,16 @@ class Choice:
         unknown = [name for name in have if name not in self._old]
         if self.modality is None or self.modality in have:
             return (tuple(unknown) if self.modality is None else (self.modality,)), {}
-        if len(unknown) != 1:
+        meant = unknown or have  # the only one of a file may have the name of another thing in the run
+        if len(meant) != 1:
             raise ConfigError(
                 f"{self.data} has no modality {self.modality!r}{did_you_mean(self.modality, have)}\n"
-                f"  it has: {', '.join(have)}; new to the run: {', '.join(unknown) or 'none'}"
+                f"  it has: {', '.join(have)}; new to the run: {', '.join(unknown) or 'none'}\n"
+                "  allowed: one of these; or any name where the file has one modality alone, or one new to the run"
             )
         if not NAME.fullmatch(self.modality):
             raise ConfigError(f"modality: {self.modality!r} is no name; allowed: {NAME.pattern}")
-        return (self.modality,), {unknown[0]: self.modality}
+        return (self.modality,), {meant[0]: self.modality}
 
     def _place(self, path: Path) -> str:
         """The file as `data.root` sees it, if it is in there; else from the file system's root."""

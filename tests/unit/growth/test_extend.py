@@ -201,6 +201,17 @@ def test_a_file_of_two_new_modalities(base: Path, tmp_path: Path) -> None:
     assert one.modalities == ("left",) and one.config["data"]["tasks"][-1]["modalities"] == ["left"]
 
 
+def test_the_only_modality_of_a_file_may_be_called_as_another_in_the_run(base: Path, tmp_path: Path) -> None:
+    write_new(tmp_path / "bells.h5", "series", columns=7)
+    plan = extend.plan(base, modality="bells", data=tmp_path / "bells.h5", init="random", trying=QUICK, training=SHORT)
+    task = plan.config["data"]["tasks"][-1]
+    assert plan.modalities == ("bells",) and task["rename"] == {"series": "bells"} and task["modalities"] == ["bells"]
+    assert extend.apply(plan, output=tmp_path / "grown").ok
+    write_new(tmp_path / "both.h5", "series", images=True)
+    with pytest.raises(ConfigError, match="has no modality 'bells'"):
+        extend.plan(base, modality="bells", data=tmp_path / "both.h5", init="random", trying=QUICK)
+
+
 def test_more_experts_for_a_known_modality(base: Path, tmp_path: Path) -> None:
     plan = extend.plan(base, visible_to=["series"], experts={"layers": "all"}, trying=QUICK, training=SHORT)
     assert plan.touched == ("tones",) and plan.name == "more_series"
