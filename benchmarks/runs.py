@@ -72,6 +72,14 @@ def train(output: Path, *arguments: str, one_core: bool = True) -> Summary:
     return summary
 
 
+def overrides(section: str, values: dict[str, Any]) -> list[str]:
+    """The values of a section as options of `moemm train`: --train.steps=300."""
+    flat = {f"{section}.{key}": value for key, value in values.items() if not isinstance(value, dict)}
+    inner = [overrides(f"{section}.{key}", value) for key, value in values.items() if isinstance(value, dict)]
+    own = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat.items()]
+    return [*own, *(option for options in inner for option in options)]
+
+
 def mean_score(summary: Summary) -> float:
     """Mean of the test scores of all tasks. Raises SystemExit where a score is better when lower."""
     if found := {task["metric"] for task in summary["tasks"].values()} & LOWER_IS_BETTER:
