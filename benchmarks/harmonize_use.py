@@ -50,16 +50,33 @@ RATES = {"plain sum, quarter the rate": 0.25, "plain sum, half the rate": 0.5, "
 NOISE, NOISE_WEIGHT, NOISE_CLASSES = "noise", 10.0, 10
 CHOICE = (10, 11)
 """Seeds of which val chooses the method that is held to the targets."""
-PROBES = {"digit": "label", "motion": "label_motion"}
-"""Task -> label."""
-# Of 0.004, 0.006, 0.009 and 0.013 the best one for the plain sum on val of the seeds for choosing.
-LR, EPOCHS = 9e-3, 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Two labels of each sample. probes: task -> label. modalities: those that are used, with their options."""
+
+    file: Path
+    probes: dict[str, str]
+    modalities: dict[str, dict[str, Any]]
+    lr: float
+    epochs: float
+
+
+AVCLIP = Subject(
+    file=ROOT / "data" / "quickstart" / "avclip.h5",
+    probes={"digit": "label", "motion": "label_motion"},
+    modalities={"video": {"patch": [3, 8, 8]}, "audio": {"noise": 0.4}},
+    lr=9e-3,  # of 0.004, 0.006, 0.009 and 0.013 the best one for the plain sum on val of the seeds for choosing
+    epochs=5.0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """cases: what is trained. gain: what is wanted over the plain sum. noisy: with the random label."""
 
+    subject: Subject
     cases: tuple[str, ...]
     gain: float = 0.0
     noisy: bool = False
@@ -67,8 +84,8 @@ class Setting:
 
 CLEAN = "avclip"
 SETTINGS = {
-    CLEAN: Setting(cases=(ALONE, *CASES)),
-    NOISE: Setting(cases=(ORACLE, *CASES, *RATES), gain=0.12, noisy=True),
+    CLEAN: Setting(subject=AVCLIP, cases=(ALONE, *CASES)),
+    NOISE: Setting(subject=AVCLIP, cases=(ORACLE, *CASES, *RATES), gain=0.12, noisy=True),
 }
 
 
@@ -98,11 +115,13 @@ def plant(source: Path, path: Path) -> Path:
     return path
 
 
-def recipe(case: str, *, tasks: Sequence[str], noisy: bool, file: Path, seed: int, output: Path) -> dict[str, Any]:
+def recipe(name: str, case: str, *, tasks: Sequence[str], file: Path, seed: int, output: Path) -> dict[str, Any]:
     """The configuration of one run: the recipe's model on these tasks."""
-    asked: list[dict[str, Any]] = [{"name": name, "file": file.name, "label": PROBES[name]} for name in tasks]
-    if noisy:
-        asked.append({"name": NOISE, "file": file.name, "label": "label_noise", "weight": NOISE_WEIGHT})
+    subject = SETTINGS[name].subject
+    shared = {"file": file.name, "modalities": list(subject.modalities)}
+    asked: list[dict[str, Any]] = [{"name": task, "label": subject.probes[task], **shared} for task in tasks]
+    if SETTINGS[name].noisy:
+        asked.append({"name": NOISE, "label": "label_noise", "weight": NOISE_WEIGHT, **shared})
     return {
         "name": "harmonize_use",
         "data": {
@@ -112,14 +131,14 @@ def recipe(case: str, *, tasks: Sequence[str], noisy: bool, file: Path, seed: in
             "modality_dropout": 0.15,
             "num_workers": 0,
         },
-        "modalities": {"video": {"patch": [3, 8, 8]}, "audio": {"noise": 0.4}},
+        "modalities": subject.modalities,
         "model": {"dim": 64, "layers": 2, "heads": 4, "dropout": 0.2},
         "harmonize": CASES.get(case, CASES[SUM]),
         "train": {
             "output": str(output),
-            "epochs": EPOCHS,
+            "epochs": subject.epochs,
             "batch_size": 64,
-            "lr": LR * RATES.get(case, 1.0),
+            "lr": subject.lr * RATES.get(case, 1.0),
             "weight_decay": 0.2,
             "label_smoothing": 0.1,
             "seed": seed,
@@ -136,9 +155,9 @@ def run(name: str, case: str, *, tasks: Sequence[str], seed: int, folder: Path) 
     output = place(name, case, tasks=tasks, seed=seed, folder=folder)
     path = output / "summary.json"
     if not path.exists():
-        noisy, file = SETTINGS[name].noisy, ROOT / "data" / "quickstart" / "avclip.h5"
-        file = plant(file, folder / "noisy.h5") if noisy else file
-        values = recipe(case, tasks=tasks, noisy=noisy, file=file, seed=seed, output=output)
+        file = SETTINGS[name].subject.file
+        file = plant(file, folder / "noisy.h5") if SETTINGS[name].noisy else file
+        values = recipe(name, case, tasks=tasks, file=file, seed=seed, output=output)
         loaded = load_config(runs.write_config(folder / f"{output.name}.yaml", values))
         with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
             train(loaded, resume=True)
@@ -153,7 +172,7 @@ def place(name: str, case: str, *, tasks: Sequence[str], seed: int, folder: Path
 
 def score(name: str, case: str, *, seed: int, folder: Path) -> Score:
     """The scores of the real tasks with one seed: of one run, or of one a task."""
-    tasks = list(PROBES)
+    tasks = list(SETTINGS[name].subject.probes)
     groups = [[task] for task in tasks] if case == ALONE else [tasks]
     began = time.perf_counter()
     found: dict[str, Any] = {}
@@ -187,14 +206,14 @@ def rows_of(name: str, found: Scores, seeds: Sequence[int]) -> list[Row]:
     setting, named = SETTINGS[name], choose(found)
     title = f"{name}, {named} (chosen) less plain sum"
     rows = [row(title, "mean of tasks", gains(found, named, None, seeds), target=setting.gain)]
-    for task in PROBES:
+    for task in setting.subject.probes:
         spread = deviation([found[SUM][seed].of[task] for seed in seeds])
         target = None if spread is None else -spread
         rows.append(row(title, task, gains(found, named, task, seeds), target=target))
     for case, scores in found.items():
         more = gains(found, case, None, seeds)
         rows.append(row(case, f"{name}: mean of tasks", [scores[seed].mean for seed in seeds]))
-        for task in PROBES:
+        for task in setting.subject.probes:
             rows.append(row(case, f"{name}: {task}", [scores[seed].of[task] for seed in seeds]))
         rows.append(Row(case=case, metric=f"{name}: val of the seeds for choosing", value=chosen_val(scores)))
         if case != SUM:
@@ -206,7 +225,7 @@ def rows_of(name: str, found: Scores, seeds: Sequence[int]) -> list[Row]:
 
 def columns(name: str) -> Matrix:
     """The table of a setting."""
-    heads = {"mean": "mean of tasks", **{task: task for task in PROBES}}
+    heads = {"mean": "mean of tasks", **{task: task for task in SETTINGS[name].subject.probes}}
     heads |= {"gain": "gain", "± of gain": "deviation of the gain", "seeds with a gain": "seeds with a gain"}
     heads |= {"val, for choosing": "val of the seeds for choosing"}
     title = f"{name}: test accuracy, mean over seeds; gain over the plain sum with the same seed"
@@ -217,7 +236,7 @@ def conflicts(name: str, seeds: Sequence[int], folder: Path) -> Iterator[Row]:
     """How the gradients of two losses stood to each other in the runs of `upgrad`, over all their steps."""
     told: dict[tuple[str, str], list[float]] = {}
     for seed in seeds:
-        output = place(name, UPGRAD, tasks=list(PROBES), seed=seed, folder=folder)
+        output = place(name, UPGRAD, tasks=list(SETTINGS[name].subject.probes), seed=seed, folder=folder)
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         events = [found for line in lines if (found := json.loads(line).get("conflict"))]
         for pair in events[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -14,7 +15,7 @@ from benchmarks import runs
 from moemm.config import load_config
 from moemm.train import train
 
-FILE = runs.ROOT / "data" / "quickstart" / "avclip.h5"
+FILE, PROBES = use.AVCLIP.file, list(use.AVCLIP.probes)
 
 
 def scores(**cases: list[float]) -> use.Scores:
@@ -56,21 +57,22 @@ def test_noise_is_planted_in_a_copy_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", use.SETTINGS)
 def test_every_case_is_a_configuration_that_is_allowed(name: str, tmp_path: Path) -> None:
-    noisy = use.SETTINGS[name].noisy
+    noisy, subject = use.SETTINGS[name].noisy, use.SETTINGS[name].subject
     for case in use.SETTINGS[name].cases:
-        tasks = [next(iter(use.PROBES))] if case == use.ALONE else list(use.PROBES)
-        values = use.recipe(case, tasks=tasks, noisy=noisy, file=FILE, seed=3, output=tmp_path)
+        tasks = list(subject.probes)[: 1 if case == use.ALONE else None]
+        values = use.recipe(name, case, tasks=tasks, file=subject.file, seed=3, output=tmp_path)
         config = load_config(runs.write_config(tmp_path / "one.yaml", values)).config
         assert [task.name for task in config.data.tasks] == [*tasks, *([use.NOISE] if noisy else [])]
-        assert config.train.lr == pytest.approx(use.LR * use.RATES.get(case, 1.0)) and config.train.seed == 3
+        assert config.train.lr == pytest.approx(subject.lr * use.RATES.get(case, 1.0)) and config.train.seed == 3
 
 
 def test_a_run_in_a_process_with_others_is_that_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(use, "EPOCHS", 0.1)
-    one = use.run(use.NOISE, use.UPGRAD, tasks=list(use.PROBES), seed=0, folder=tmp_path)
-    use.run(use.NOISE, "mgda", tasks=list(use.PROBES), seed=1, folder=tmp_path)
+    short = replace(use.SETTINGS[use.NOISE], subject=replace(use.AVCLIP, epochs=0.1))
+    monkeypatch.setitem(use.SETTINGS, use.NOISE, short)
+    one = use.run(use.NOISE, use.UPGRAD, tasks=PROBES, seed=0, folder=tmp_path)
+    use.run(use.NOISE, "mgda", tasks=PROBES, seed=1, folder=tmp_path)
     file = tmp_path / "noisy.h5"
-    values = use.recipe(use.UPGRAD, tasks=list(use.PROBES), noisy=True, file=file, seed=0, output=tmp_path / "again")
+    values = use.recipe(use.NOISE, use.UPGRAD, tasks=PROBES, file=file, seed=0, output=tmp_path / "again")
     train(load_config(runs.write_config(tmp_path / "again.yaml", values)))
     again = json.loads((tmp_path / "again" / "summary.json").read_text(encoding="utf-8"))
     assert again["tasks"] == one["tasks"]
