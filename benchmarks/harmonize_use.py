@@ -247,14 +247,21 @@ def conflicts(name: str, seeds: Sequence[int], folder: Path) -> Iterator[Row]:
         yield row(f"{name}, {pair}, {UPGRAD}", metric, values)
 
 
+def setting_of(row: dict[str, Any]) -> str:
+    """Of which setting a row of the results is."""
+    heads = (row["case"].split(", ")[0], row["metric"].split(": ")[0])
+    return next(name for name in SETTINGS if name in heads)
+
+
 def main() -> None:
     """Train, write results/harmonize_use.json, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="rows of others stay")
     parser.add_argument("--seeds", type=int, default=6, help="to report, from 0")
     parser.add_argument("--folder", type=Path, help="keep the runs here; those that are finished are not run again")
     arguments = parser.parse_args()
     began, seeds, rows = time.perf_counter(), list(range(arguments.seeds)), []
+    kept = record.keep("harmonize_use", arguments.settings, setting_of)
     with runs.two_at_a_time(arguments.folder) as (folder, _):
         for name in arguments.settings:
             found: Scores = {case: {} for case in SETTINGS[name].cases}
@@ -263,7 +270,8 @@ def main() -> None:
                     scores[seed] = score(name, case, seed=seed, folder=folder)
             rows += [*rows_of(name, found, seeds), *conflicts(name, seeds, folder)]
     matrices = [columns(name) for name in arguments.settings]
-    path = record.write("harmonize_use", rows, seeds=seeds, seconds=time.perf_counter() - began, matrices=matrices)
+    seconds = time.perf_counter() - began
+    path = record.write("harmonize_use", rows, seeds=seeds, seconds=seconds, matrices=matrices, kept=kept)
     from benchmarks.tables import show
 
     show([path])

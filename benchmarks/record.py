@@ -7,11 +7,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "deepspeed", "transformers", "tutel", "numpy", "scikit-learn", "h5py")
@@ -57,19 +57,58 @@ class Matrix:
     digits: int = 2
 
 
+class Kept(NamedTuple):
+    """What stays of earlier runs where a result is measured anew in parts. of: the parts that are new."""
+
+    of: list[str]
+    rows: list[dict[str, Any]]
+    matrices: list[dict[str, Any]]
+    earlier: list[dict[str, Any]]
+
+
+SOURCE = ("command", "commit", "machine", "versions", "seeds", "seconds")
+"""How, where and with what rows were measured. In `earlier` with `of`: the parts of the result that are of that run."""
+
+
+def keep(name: str, of: Collection[str], part: Callable[[dict[str, Any]], str]) -> Kept:
+    """The rows of results/NAME.json that are not of the parts `of`, with the run that each part is from.
+
+    part: a row -> its part. Nothing stays where there is no such file.
+    """
+    if not (RESULTS / f"{name}.json").exists():
+        return Kept(list(of), [], [], [])
+    result = read(name)
+    rows = [row for row in result["rows"] if part(row) not in of]
+    earlier = result.get("earlier", [])
+    before = {one for run in earlier for one in run["of"]}
+    last = [one for one in dict.fromkeys(map(part, rows)) if one not in before]
+    runs = [*earlier, {"of": last, **{key: result[key] for key in SOURCE}}]
+    left = [{**run, "of": [one for one in run["of"] if one not in of]} for run in runs]
+    metrics = {row["metric"] for row in rows}
+    matrices = [matrix for matrix in result.get("matrices", []) if metrics & set(matrix["columns"].values())]
+    return Kept(list(of), rows, matrices, [run for run in left if run["of"]])
+
+
 def as_dict(row: Row) -> dict[str, Any]:
     """A row as it is written: without the note where there is none."""
     return {key: value for key, value in asdict(row).items() if key != "note" or value}
 
 
 def write(
-    name: str, rows: Sequence[Row], *, seeds: Sequence[int] = (), seconds: float, matrices: Sequence[Matrix] = ()
+    name: str,
+    rows: Sequence[Row],
+    *,
+    seeds: Sequence[int] = (),
+    seconds: float,
+    matrices: Sequence[Matrix] = (),
+    kept: Kept | None = None,
 ) -> Path:
-    """Write results/NAME.json: the rows, and how, where and with what they were measured.
+    """Write results/NAME.json: the rows, and how, where and with what they were measured; before them those `kept`.
 
     Rows of no matrix are shown as a list. In the file a row takes one line.
     """
-    record = {
+    before = kept or Kept([], [], [], [])
+    record: dict[str, Any] = {
         "name": name,
         "command": " ".join(["python", *map(_relative, sys.orig_argv[1:])]),
         "commit": _commit(),
@@ -78,12 +117,14 @@ def write(
         "seeds": list(seeds),
         "seconds": round(seconds, 1),
     }
-    if matrices:
-        record["matrices"] = [asdict(matrix) for matrix in matrices]
+    if before.earlier:
+        record |= {"of": before.of, "earlier": before.earlier}
+    if tables := [*before.matrices, *map(asdict, matrices)]:
+        record["matrices"] = tables
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     head = json.dumps(record, indent=1).removesuffix("\n}")
-    lines = ",\n".join(f"  {json.dumps(as_dict(row), ensure_ascii=False)}" for row in rows)
+    lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in [*before.rows, *map(as_dict, rows)])
     path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     return path
 

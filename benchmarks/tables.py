@@ -94,14 +94,19 @@ def markdown(result: dict[str, Any]) -> str:
     if rows:
         lines += ["| " + " | ".join(HEADER) + " |", "| --- | --- | --: | --: | --- |"]
         lines += ["| " + " | ".join(text.replace("|", "\\|") for text in cells(row)) + " |" for row in rows]
-    place = result["machine"]
-    source = f"`{result['command']}`, {place['cores']} cores of {place['cpu']}"
-    if place["gpu"]:
-        source += f", {place['gpu']}"
-    seeds = f", seeds {', '.join(map(str, result['seeds']))}" if result["seeds"] else ""
-    used = [f"{name} {result['versions'][name]}" for name in ("transformers", "tutel") if name in result["versions"]]
-    peers = "".join(f", {one}" for one in used) if result.get("matrices") else ""
-    return "\n".join([*lines, "", f"{source}, torch {result['versions']['torch']}{peers}{seeds}."])
+    runs = [source(run, peers="matrices" in result) for run in [*result.get("earlier", []), result]]
+    return "\n".join([*lines, "", "\n\n".join(runs)])
+
+
+def source(run: dict[str, Any], *, peers: bool) -> str:
+    """With which command, where and with what rows were measured; of which part of a result, where it has parts."""
+    place, versions = run["machine"], run["versions"]
+    told = [f"`{run['command']}`", f"{place['cores']} cores of {place['cpu']}"]
+    told += [place["gpu"]] if place["gpu"] else []
+    packages = ("torch", "transformers", "tutel") if peers else ("torch",)
+    told += [f"{name} {versions[name]}" for name in packages if name in versions]
+    told += [f"seeds {', '.join(map(str, run['seeds']))}"] if run["seeds"] else []
+    return f"{', '.join(run['of'])}: {', '.join(told)}." if "of" in run else f"{', '.join(told)}."
 
 
 def with_tables(text: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import harmonize_use as use
-from benchmarks import runs
+from benchmarks import record, runs
 from moemm.config import load_config
 from moemm.train import train
 
@@ -53,6 +53,14 @@ def test_noise_is_planted_in_a_copy_only(tmp_path: Path) -> None:
         noise, label = file["label_noise"][:], file["label"][:]
     assert set(noise) == set(range(use.NOISE_CLASSES))
     assert np.mean(noise == label) == pytest.approx(1 / use.NOISE_CLASSES, abs=0.02), "it says nothing about the digit"
+
+
+def test_every_row_tells_its_setting() -> None:
+    found = scores(plain_sum=[0.9] * 4, upgrad=[0.6] * 4)
+    for name in (use.CLEAN, use.NOISE):
+        assert {use.setting_of(record.as_dict(row)) for row in use.rows_of(name, found, [0, 1])} == {name}
+    committed = record.read("harmonize_use")["rows"]
+    assert {use.setting_of(row) for row in committed} >= {use.CLEAN, use.NOISE}
 
 
 @pytest.mark.parametrize("name", use.SETTINGS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import record, tables
-from benchmarks.record import Row
+from benchmarks.record import Matrix, Row
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,31 @@ def test_a_result_names_command_machine_and_versions(tmp_path: Path, monkeypatch
     assert result["versions"]["torch"] and result["commit"] and result["command"].startswith("python")
     assert str(Path(record.__file__).parents[1]) not in path.read_text(), "no path of this machine"
     assert result["command"] == "python -m benchmarks.some --folder FOLDER"
+
+
+def test_a_part_that_is_measured_anew_replaces_its_rows_and_the_others_keep_theirs_and_their_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    def measure(values: dict[str, float], commit: str) -> dict:
+        monkeypatch.setattr(record, "_commit", lambda: commit)
+        kept = record.keep("some", values, lambda row: row["metric"][0])
+        rows = [Row(case="c", metric=f"{part}: m", value=value) for part, value in values.items()]
+        matrices = [Matrix(title=part, columns={"m": f"{part}: m"}) for part in values]
+        path = record.write("some", rows, seeds=[0], seconds=1.0, matrices=matrices, kept=kept)
+        return json.loads(path.read_text())
+
+    assert "earlier" not in measure({"a": 1.0, "b": 2.0}, "first")
+    measure({"c": 3.0}, "second")
+    result = measure({"b": 4.0}, "third")
+    assert {row["metric"]: row["value"] for row in result["rows"]} == {"a: m": 1.0, "c: m": 3.0, "b: m": 4.0}
+    assert [matrix["title"] for matrix in result["matrices"]] == ["a", "c", "b"]
+    assert (result["of"], result["commit"]) == (["b"], "third")
+    assert [(run["of"], run["commit"]) for run in result["earlier"]] == [(["a"], "first"), (["c"], "second")]
+    told = tables.markdown(result).splitlines()
+    assert [line.partition(": ")[0] for line in told if "torch" in line] == ["a", "c", "b"]
+    assert "earlier" not in measure({"a": 5.0, "b": 5.0, "c": 5.0}, "fourth")
 
 
 def test_a_result_that_is_not_there_names_its_command() -> None:
