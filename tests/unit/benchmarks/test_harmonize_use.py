@@ -13,9 +13,10 @@ import pytest
 from benchmarks import harmonize_use as use
 from benchmarks import record, runs
 from moemm.config import load_config
+from moemm.data.writer import LabelData, ModalityData, write_file
 from moemm.train import train
 
-FILE, PROBES = use.AVCLIP.file, list(use.AVCLIP.probes)
+FILE, PROBES = use.AVCLIP.find(), list(use.AVCLIP.probes)
 
 
 def scores(**cases: list[float]) -> use.Scores:
@@ -68,10 +69,46 @@ def test_every_case_is_a_configuration_that_is_allowed(name: str, tmp_path: Path
     noisy, subject = use.SETTINGS[name].noisy, use.SETTINGS[name].subject
     for case in use.SETTINGS[name].cases:
         tasks = list(subject.probes)[: 1 if case == use.ALONE else None]
-        values = use.recipe(name, case, tasks=tasks, file=subject.file, seed=3, output=tmp_path)
+        values = use.recipe(name, case, tasks=tasks, file=FILE.with_name(subject.file), seed=3, output=tmp_path)
         config = load_config(runs.write_config(tmp_path / "one.yaml", values)).config
         assert [task.name for task in config.data.tasks] == [*tasks, *([use.NOISE] if noisy else [])]
         assert config.train.lr == pytest.approx(subject.lr * use.RATES.get(case, 1.0)) and config.train.seed == 3
+
+
+def test_a_file_that_is_not_there_is_told_before_any_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["harmonize_use", "--settings", "avclip", "stamps", "--folder", str(tmp_path)])
+    monkeypatch.setattr(use, "score", lambda *arguments, **more: pytest.fail("it ran"))
+    monkeypatch.setenv("MOEMM_SUITE", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"stamps\.h5 is not there: leave what reads it out of --settings"):
+        use.main()
+
+
+def test_stamps_are_scored_on_category_and_language_without_the_caption_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, draw = 40, np.random.default_rng(0)
+    write_file(
+        tmp_path / "stamps.h5",
+        task="stamps",
+        labels={name: LabelData(values=np.arange(count) % 3) for name in use.STAMPS.probes.values()},
+        split=np.repeat([0, 1, 2], [20, 10, 10]),
+        modalities={
+            "image": ModalityData(kind="image", values=draw.random((count, 3, 32, 32), np.float32), layout="NCHW"),
+            "speech": ModalityData(kind="audio_logmel", values=[draw.random((20, 40), np.float32)] * count),
+            "text": ModalityData(kind="text", values=["a frog"] * count),
+            "text_local": ModalityData(kind="text", values=["une grenouille"] * count),
+        },
+    )
+    monkeypatch.setenv("MOEMM_SUITE", str(tmp_path))
+    short = replace(use.SETTINGS["stamps"], subject=replace(use.STAMPS, epochs=1.0))
+    monkeypatch.setitem(use.SETTINGS, "stamps", short)
+    tasks = list(use.STAMPS.probes)
+    for case in (use.ALONE, use.UPGRAD):
+        assert list(use.score("stamps", case, seed=0, folder=tmp_path).of) == tasks
+    path = use.place("stamps", use.UPGRAD, tasks=tasks, seed=0, folder=tmp_path).with_suffix(".yaml")
+    assert all(task.modalities == ["image", "speech", "text"] for task in load_config(path).config.data.tasks)
+    cases = {row.case for row in use.conflicts("stamps", [0], tmp_path)}
+    assert cases == {"stamps, category | language, upgrad"}
 
 
 def test_a_run_in_a_process_with_others_is_that_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
