@@ -50,7 +50,7 @@ Step = Callable[[PackedBatch], None]
 class Tap(nn.Module):
     """In the fork's place: keeps the stream, whose gradients TorchJD takes."""
 
-    drops = False
+    per, drops = "sample", False
 
     def forward(self, x_TD: torch.Tensor, readers: Readers) -> tuple[torch.Tensor, ...]:
         """The stream itself for every branch."""
