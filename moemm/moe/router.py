@@ -94,7 +94,8 @@ class Router(ExactBuffers):
         if not self.kind.learned:
             return x_TD.new_zeros(x_TD.shape[0], len(self.ids))
         # Of each extension by themselves: a product with more columns may have other bits in those of before.
-        logits_TX = torch.cat([self._products(x_TD, pairs) for pairs in self.pairs], dim=1)
+        parts = [self._products(x_TD, pairs) for pairs in self.pairs]
+        logits_TX = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if len(self.scopes) == 1:
             return logits_TX
         return logits_TX.gather(1, self.columns_SE[row_T.div(self.num_tasks, rounding_mode="floor")])
