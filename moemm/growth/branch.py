@@ -136,7 +136,10 @@ def _mean(sources: Sequence[torch.Tensor], fresh: torch.Tensor) -> torch.Tensor:
 
 
 def _joint_data(bases: Sequence[Base]) -> DataConfig:
-    """The tasks of all runs, with the places of their files written out where the runs' roots differ."""
+    """The tasks of all runs, with the places of their files written out where the runs' roots differ.
+
+    A task is learned from where one of the runs did.
+    """
     roots = {(base.run.folder / base.run.config.data.root).resolve() for base in bases}
     found: dict[str, tuple[TaskConfig, Path]] = {}
     for base in bases:
@@ -144,10 +147,11 @@ def _joint_data(bases: Sequence[Base]) -> DataConfig:
         for task in base.run.config.data.tasks:
             known = replace(task, file=os.path.normpath(root.resolve() / task.file))
             other, folder = found.setdefault(task.name, (known, base.run.folder))
-            if other != known:
+            if replace(other, learn=task.learn) != known:
                 raise ConfigError(
                     f"task {task.name} is another one in {folder} than in {base.run.folder}: {other} and {known}"
                 )
+            found[task.name] = replace(other, learn=other.learn or task.learn), folder
     tasks = [task for task, _ in found.values()]
     if len(roots) == 1:
         root = roots.pop()

@@ -21,12 +21,13 @@ def mixed(target: Path, *runs: Path, **wanted: Any) -> Receipt:
 
 @pytest.fixture(scope="module")
 def branches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two runs that began with one seed run, each on one task of the two."""
+    """Two runs that began with one seed run, each on one task of the two; one of them scores the other task, too."""
     folder = tmp_path_factory.mktemp("branches")
     seed = trained(folder, model=DENSE, data={"root": "."})  # relative, as in most configurations
     made = []
-    for task in ("shapes", "tones"):
-        data = {"root": ".", "num_workers": 0, "tasks": [{"name": task, "file": f"{task}.h5"}]}
+    shapes, tones = ({"name": name, "file": f"{name}.h5"} for name in ("shapes", "tones"))
+    for task, tasks in (("shapes", [shapes]), ("tones", [{**shapes, "learn": False}, tones])):
+        data = {"root": ".", "num_workers": 0, "tasks": tasks}
         train = {"output": str(folder / task), "init": str(seed), "steps": 4, "batch_size": 8}
         made.append(trained(folder, model=DENSE, data=data, train=train))
     return made[0], made[1]
@@ -46,8 +47,9 @@ def test_each_run_is_an_expert_and_the_rest_is_the_mean(branches: tuple[Path, Pa
     query = "heads.pool.query.tones"
     assert query not in shapes and torch.equal(both[query], tones[query])
     assert receipt.ok and len(receipt.sources) == 2
-    model = load_config(tmp_path / "out" / "config.yaml").config.model
-    assert (model.router.top_k, model.router.gates) == (2, "renormalised")
+    config = load_config(tmp_path / "out" / "config.yaml").config
+    assert (config.model.router.top_k, config.model.router.gates) == (2, "renormalised")
+    assert [(task.name, task.learn) for task in config.data.tasks] == [("shapes", True), ("tones", True)]
 
 
 def test_runs_that_are_one_give_what_it_computes(branches: tuple[Path, Path], tmp_path: Path) -> None:
