@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -63,9 +64,13 @@ def moemm(*arguments: str, one_core: bool = True) -> str:
 
 
 def train(output: Path, *arguments: str, one_core: bool = True) -> Summary:
-    """The summary of `moemm train ARGUMENTS`, which writes to output; a run that is finished is not run again."""
+    """The summary of `moemm train ARGUMENTS`, which writes to output.
+
+    A run that is finished is not run again; one that was cut off begins anew, for its time is part of its summary.
+    """
     path = output / "summary.json"
     if not path.exists():
+        shutil.rmtree(output, ignore_errors=True)
         moemm("train", *arguments, one_core=one_core)
     summary: Summary = json.loads(path.read_text(encoding="utf-8"))
     print(f"{output.name}: mean {mean_score(summary):.4f}, {summary['seconds']:.0f} s", flush=True)
