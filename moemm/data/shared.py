@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 from moemm.data.catalogue import Catalogue, TaskInfo
@@ -12,6 +13,8 @@ from moemm.errors import ConfigError, DataError
 
 _open: WeakValueDictionary[tuple[str, int, int], DataFile] = WeakValueDictionary()
 """Open files of this process: tasks and splits of one file share what is decoded. A fork inherits it."""
+_held: list[DataFile] = []
+_holding = False
 
 
 def open_shared(path: str) -> DataFile:
@@ -24,7 +27,22 @@ def open_shared(path: str) -> DataFile:
     file = _open.get(key)
     if file is None:
         file = _open[key] = DataFile(path)
+    if _holding and file not in _held:
+        _held.append(file)
     return file
+
+
+@contextmanager
+def held_open() -> Iterator[None]:
+    """Files that `open_shared` opens stay open until this ends: opening one starts a process that reads its layout."""
+    global _holding
+    outer, _holding = _holding, True
+    try:
+        yield
+    finally:
+        _holding = outer
+        if not outer:
+            _held.clear()
 
 
 def numbered(source: int, place: int) -> int:

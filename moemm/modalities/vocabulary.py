@@ -27,7 +27,9 @@ def words_of(text: str) -> list[str]:
 
 def fit_words(texts: Iterable[str], *, size: int, min_count: int = 2) -> list[str]:
     """The most frequent words that occur at least `min_count` times, most frequent first, ties by spelling."""
-    counts = Counter(word for text in texts for word in words_of(text))
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(words_of(text))
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [word for word, count in ranked if count >= min_count][: max(size - NUM_BYTES, 0)]
 

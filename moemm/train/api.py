@@ -19,6 +19,7 @@ from moemm.checkpoint.store import load_weights
 from moemm.config import Config, LoadedConfig
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
+from moemm.data.shared import held_open
 from moemm.distributed import World, choose_cpu_threads, connect
 from moemm.errors import CheckpointError
 from moemm.modalities import ModalitySpec
@@ -58,9 +59,10 @@ def train(
     """
     world = connect(timeout_s=loaded.config.deepspeed.timeout_s)
     choose_cpu_threads(world, workers=loaded.config.data.num_workers)
-    setup, going_on = prepare(loaded, resume=resume)
-    with stop_requests() as stop:
-        return _train(setup, world, stop, going_on=going_on, wanted=resume, extra=extra_callbacks or [])
+    with held_open():
+        setup, going_on = prepare(loaded, resume=resume)
+        with stop_requests() as stop:
+            return _train(setup, world, stop, going_on=going_on, wanted=resume, extra=extra_callbacks or [])
 
 
 def _train(

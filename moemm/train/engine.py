@@ -15,6 +15,7 @@ from torch import nn
 from moemm.config import deepspeed_section
 from moemm.config.schema import Config
 from moemm.distributed import World, prepare_environment
+from moemm.train.lean import compile_when_called, mark_uncompiled, without_compiler
 
 
 @contextmanager
@@ -33,6 +34,8 @@ def _import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # This op would be compiled at the first collective: a minute or more, for gains that small models do not see.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO brings an optimizer along, Muon, that asks torch for a compiled function when it is imported.
+    deepspeed.runtime.compiler.compile = lambda: compile_when_called
     return deepspeed
 
 
@@ -86,11 +89,14 @@ class Engine:
             for module in model.modules():
                 if getattr(module, "_z3_leaf", False):
                     module.register_forward_pre_hook(_wants_gradient)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, weight_decay=config.train.weight_decay),
-            lr=config.train.lr,
-            betas=config.train.betas,
-            fused=True,
+        mark_uncompiled()
+        optimizer = without_compiler(
+            torch.optim.AdamW(
+                parameter_groups(model, weight_decay=config.train.weight_decay),
+                lr=config.train.lr,
+                betas=config.train.betas,
+                fused=True,
+            )
         )
         section = deepspeed_section(config, world_size=world.size)
         with _quiet():

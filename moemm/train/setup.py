@@ -160,10 +160,10 @@ def train_values(catalogue: Catalogue, modality: str) -> Iterator[Value]:
         if modality not in task.modalities or (task.file, modality) in seen:
             continue
         seen.add((task.file, modality))
-        others = [name for name in task.modalities if name != modality]
-        dataset = SplitDataset(catalogue, task=task.name, split="train", drop=others)
-        for item in range(len(dataset)):
-            value = dataset[item].modalities.get(modality)
+        dataset = SplitDataset(catalogue, task=task.name, split="train")
+        stored = (task.stored or task.modalities)[task.modalities.index(modality)]
+        for index in dataset.indices.tolist():  # not sample by sample: targets and other modalities cost time
+            value = dataset.file.read(stored, index)
             if value is not None:
                 yield value
 

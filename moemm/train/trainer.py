@@ -385,6 +385,7 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic)
+    # As use_deterministic_algorithms, which also imports torch's compiler in order to tell it.
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Finds bugs, but writes every new tensor twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -17,23 +17,31 @@ class TensorBoardCallback(Callback):
     """Writes reports and scores."""
 
     def __init__(self) -> None:
-        self._board: TensorBoard | None = None
+        self._info: RunInfo | None = None
+        self._opened: TensorBoard | None = None
 
     def on_start(self, info: RunInfo) -> None:
-        """Open the event file."""
-        self._board = TensorBoard(Path(info.folder) / FOLDER, info)
+        """Take down where to write."""
+        self._info = info
+
+    @property
+    def _board(self) -> TensorBoard | None:
+        """The event file, opened when there is something to write: importing its library delays the first step."""
+        if self._opened is None and self._info is not None:
+            self._opened = TensorBoard(Path(self._info.folder) / FOLDER, self._info)
+        return self._opened
 
     def on_metrics(self, metrics: Metrics) -> None:
         """Write a report."""
-        if self._board is not None:
-            self._board.metrics(metrics)
+        if (board := self._board) is not None:
+            board.metrics(metrics)
 
     def on_scores(self, step: int, split: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
         """Write scores."""
-        if self._board is not None:
-            self._board.scores(step, split, scores)
+        if (board := self._board) is not None:
+            board.scores(step, split, scores)
 
     def on_close(self) -> None:
         """Write out what is buffered."""
-        if self._board is not None:
-            self._board.close()
+        if self._opened is not None:
+            self._opened.close()
