@@ -23,8 +23,18 @@ def alone() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+SOAK = os.environ.get("MOEMM_SOAK") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not SOAK:
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="takes long: make soak, or MOEMM_SOAK=1"))
+
+
 def unchecked() -> list[str]:
-    """One line for each tool or device that tests need and that is not here."""
+    """One line for each tool or device that tests need and that is not here, and one for tests that take long."""
     import torch
 
     home = os.environ.get("CUDA_HOME")
@@ -33,6 +43,8 @@ def unchecked() -> list[str]:
         found.append("no nvcc: the .cu files were NOT compiled (set CUDA_HOME, or put nvcc on PATH)")
     if not torch.cuda.is_available():
         found.append("no CUDA device: tests marked gpu did NOT run (benchmarks/gpu/run.sh runs them on one)")
+    if not SOAK:
+        found.append("tests marked soak, which take long, did NOT run (make soak, or MOEMM_SOAK=1)")
     return found
 
 

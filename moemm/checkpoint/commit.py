@@ -17,6 +17,7 @@ from moemm.checkpoint.files import sha256_file, sync_file, write_text_atomic
 from moemm.checkpoint.manifest import Manifest, verify
 from moemm.distributed import World, gather_objects
 from moemm.errors import CheckpointError
+from moemm.points import point
 
 LATEST = "latest"
 _TEMPORARY, _REPLACED = ".tmp", ".old"
@@ -43,10 +44,11 @@ def commit(
     """
     final = root / folder_name(step)
     temporary = final.with_name(final.name + _TEMPORARY)
-    _together(world, lambda: _fresh(temporary) if world.is_main else None, temporary)
+    _together(world, lambda: _fresh(temporary, world), temporary)
     entries = _together(world, lambda: _write_own(temporary, write), temporary)
     files = {name: entry for own in entries for name, entry in own.items()}
-    _together(world, lambda: _publish(temporary, final, describe(files)) if world.is_main else None, temporary)
+    _together(world, lambda: _publish(temporary, final, describe(files)) if world.is_main else _wait(), temporary)
+    point("save.latest")
     if world.is_main:
         _point_and_prune(root, final, keep)
     return final
@@ -71,30 +73,44 @@ def _together(world: World, action: Callable[[], Any], temporary: Path) -> list[
     return [result for result, _ in outcomes]
 
 
-def _fresh(temporary: Path) -> None:
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+def _fresh(temporary: Path, world: World) -> None:
+    point("save.begin")
+    if world.is_main:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+    point("save.folder")
 
 
 def _write_own(temporary: Path, write: Write) -> Entries:
-    entries = {}
-    for path in write(temporary):
+    entries, paths = {}, write(temporary)
+    point("save.written")
+    for path in paths:
         sync_file(path)
         name = path.relative_to(temporary).as_posix()
         entries[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    point("save.hashed")
     return entries
 
 
+def _wait() -> None:
+    for name in ("save.manifest", "save.after_manifest", "save.rename", "save.renamed"):
+        point(name)  # of rank 0, which the others wait for
+
+
 def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:
+    point("save.manifest")
     manifest.write(temporary)
+    point("save.after_manifest")
     for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
         sync_file(folder)
     replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
+    point("save.rename")
     os.rename(temporary, final)
+    point("save.renamed")
     sync_file(final.parent)
     verify(final)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -21,6 +21,7 @@ from moemm.checkpoint import random_state
 from moemm.checkpoint.manifest import ENGINE
 from moemm.distributed import World, gather_objects
 from moemm.errors import CheckpointError
+from moemm.points import point
 
 WEIGHTS = "model.safetensors"
 
@@ -72,6 +73,7 @@ class _Writer:
         """Run `write` and note `path`, or the failure."""
         try:
             write()
+            point("save.file")
             self.paths.append(path)
         except (OSError, RuntimeError, SafetensorError) as error:
             self.problem = self.problem or error

@@ -14,6 +14,7 @@ from torch import nn
 from moemm.exact import ExactBuffers
 from moemm.harmonize.registry import Context, find
 from moemm.harmonize.weights import Weights, weights
+from moemm.points import point
 
 SHARED = ("modality", "expert", "batch")
 """What tokens of several ranks are judged by together."""
@@ -71,6 +72,7 @@ class Settler(nn.Module):
 
     def weigh(self, gram_XLL: torch.Tensor, method: str | None = None) -> Weights:
         """(X, L) weights by the settler's method or another; what is seen of conflicts on the way is counted."""
+        point("harmonize")
         self.context.state = dict(self.kept.named_buffers())
         found = weights(gram_XLL, method or self.method, self.context)
         if not self.told:

@@ -19,6 +19,7 @@ from moemm.moe.router import Router
 from moemm.moe.routers import Routed
 from moemm.moe.stats import RouterStats
 from moemm.ops.grouped_mlp import Activation
+from moemm.points import point
 
 Slots = tuple[torch.Tensor, torch.Tensor]
 
@@ -80,6 +81,7 @@ class MoELayer(nn.Module):
         if not self.experts:
             return torch.zeros_like(x_TD) if shared_TD is None else shared_TD, stats
         gates_TK, experts_TK = (torch.cat(part, dim=1) for part in zip(*slots, strict=True))
+        point("dispatch")
         w1, w2 = self._weights()
         out_TD = self.run_experts(x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation)
         return out_TD, stats

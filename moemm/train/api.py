@@ -24,6 +24,7 @@ from moemm.distributed import World, choose_cpu_threads, connect
 from moemm.errors import CheckpointError
 from moemm.modalities import ModalitySpec
 from moemm.plugins import load_stored as load_stored_config
+from moemm.points import arm_from_environment
 from moemm.train.callbacks import (
     Callback,
     CheckpointingCallback,
@@ -57,6 +58,7 @@ def train(
     Returns on rank 0 the summary (see summary.json), on other ranks only "exit_code": 0 when done, or that of the
     signal that stopped it (signals.EXIT_CODES). Raises MoemmError's children, the same on all ranks.
     """
+    arm_from_environment()
     world = connect(timeout_s=loaded.config.deepspeed.timeout_s)
     choose_cpu_threads(world, workers=loaded.config.data.num_workers)
     with held_open():

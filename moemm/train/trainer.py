@@ -27,6 +27,7 @@ from moemm.models import ModelOutput
 from moemm.objectives import LabelFree
 from moemm.observe.alarm import RoutingAlarm
 from moemm.observe.records import Metrics, RunInfo
+from moemm.points import point
 from moemm.train.balance import RouterBalance
 from moemm.train.callbacks import Callback
 from moemm.train.engine import Engine
@@ -205,16 +206,18 @@ class Trainer:
         if self._noise is not None:
             self._noise.progress = self.step / self.setup.total_steps
         if self._settler is not None:
-            self._settle(self._settler, [next(batches).to(self.world.device) for _ in range(self._accumulation)])
+            self._settle(self._settler, [self._next(batches) for _ in range(self._accumulation)])
+            point("step")
             self.engine.step(lr=lr)
         else:
             for micro in range(self._accumulation):
-                batch = next(batches).to(self.world.device)
+                batch = self._next(batches)
                 if self._fork is not None:
                     self._fork.begin(draw_number(self.config.train.seed, self.step, micro), self._gamma())
                 output, loss = self._forward(batch, again=False)
                 self._agree(loss.backward, loss, output, batch)
                 self.engine.backward(loss.backward)
+                point("step")
                 self.engine.step(lr=lr)
         self._balance.step()
         self.stopped_by = self._asked
@@ -228,8 +231,14 @@ class Trainer:
             self._noise.advance(self.step, self.setup.total_steps)
         self._frozen.restore()
 
+    def _next(self, batches: Any) -> PackedBatch:
+        point("data", step=self.step + 1)
+        batch: PackedBatch = next(batches)
+        return batch.to(self.world.device)
+
     def _forward(self, batch: PackedBatch, *, again: bool) -> tuple[ModelOutput, MicroLoss]:
         """A pass over a micro-batch, which counts unless it passes `again` in the same step."""
+        point("forward")
         output = self.engine(batch)
         loss = self._objective(output, batch)
         if not again:
@@ -242,6 +251,7 @@ class Trainer:
     def _agree(self, chosen: torch.Tensor, loss: MicroLoss, output: ModelOutput, batch: PackedBatch) -> None:
         """The ranks agree that they are about to pass backward from the same `chosen`, and that all is finite."""
         broken = loss.broken(self.tasks)
+        point("backward")
         alarm, self._asked = self._guard.before_backward(chosen, flags=[int(bool(broken)), self._stop.number])
         if alarm:
             refuse_loss(self.step, broken, self.setup.catalogue.tasks, output, batch)
@@ -289,6 +299,7 @@ class Trainer:
             callback.on_step(self, stopping=last or bool(self.stopped_by))
 
     def _report(self, total: int) -> None:
+        point("log")
         means = self._window.take()
         settler = self._settler or self._fork
         conflict = None if settler is None else report(settler, self.world.size)
@@ -340,6 +351,7 @@ class Trainer:
         had not been.
         """  # fmt: skip
         began = time.perf_counter()
+        point("evaluate")
         plan = EvaluationPlan(
             split=split,
             prepare=self._prepare,
