@@ -416,6 +416,15 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class HealthConfig:
+    """What training does about steps that are broken (docs/faults.md)."""
+
+    max_faulty: Count = 10
+    """Steps in a row whose loss or gradient is not finite that end training; up to then the modality or task that
+    breaks a step is left out of it. 1 ends it at the first."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """The optimisation."""
 
@@ -465,6 +474,8 @@ class TrainConfig:
     """Fit scikit-learn models on the same data at the end, to compare with (tasks of up to 20,000 samples)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """Steps that are broken."""
 
 
 @dataclass(kw_only=True)

@@ -107,6 +107,10 @@ class LossScale(ExactBuffers, ABC):
         with torch.no_grad():
             self.update(total_2L)
 
+    def forget(self) -> None:
+        """Leave the micro-batches since the last step out: theirs is not applied."""
+        self._step_2L = None
+
     def update(self, total_2L: torch.Tensor) -> None:
         """Change the state by the losses of a step: their sum over samples and ranks, and the number of samples."""
 
@@ -237,6 +241,11 @@ class GradNorm(_Adam):
         self.keep("weight_L", value=1.0)
         self.keep("initial_L")
         self._squares_L: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        """See LossScale."""
+        super().forget()
+        self._squares_L = None
 
     def scores(self, found: Means, learned_L: torch.Tensor | None) -> torch.Tensor:
         """See LossScale."""

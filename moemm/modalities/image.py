@@ -53,7 +53,7 @@ class GridTokenizer(Tokenizer):
     def blocks(self, data: torch.Tensor) -> torch.Tensor:
         """(n, frames, C, H, W) -> (n, tokens, values of a block); what a block lacks at the edge is 0."""
         data = (data.float() - self.mean_C) / self.deviation_C
-        data = torch.nan_to_num(data, nan=0.0)
+        data = data.masked_fill(data.isnan(), 0.0)  # an infinite value stays one, and is noticed
         lack = [c * p - s for s, p, c in zip(self.size, self.patch, self.counts, strict=True)]
         if any(lack):
             data = nn.functional.pad(data, (0, lack[2], 0, lack[1], 0, 0, 0, lack[0]))

@@ -83,11 +83,17 @@ class PairNoise(ExactBuffers):
         has_N = ~loss_NP.isnan().all(1)
         self._last = row_N[has_N], loss_NP[has_N].detach().float()
 
-    def keep(self) -> None:
-        """Count the micro-batch that was seen last: once, however often it passes."""
-        if self._last is None:
+    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The micro-batch that was seen last, for `keep`; None where it was taken already."""
+        last, self._last = self._last, None
+        return last
+
+    def keep(self, last: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Count a micro-batch that `take` gave, or the one that was seen last, if any."""
+        last = last or self.take()
+        if last is None:
             return
-        (row_N, loss_NP), self._last = self._last, None
+        row_N, loss_NP = last
         known_NP = torch.isfinite(loss_NP)
         # Against the others of the batch: losses fall while training, and samples come at different times.
         loss_NP = loss_NP - loss_NP.where(known_NP, 0.0).sum(0) / known_NP.sum(0).clamp_min(1)

@@ -137,6 +137,17 @@ class Engine:
         self.deepspeed.optimizer.zero_grad()
         return found
 
+    def discard(self) -> None:
+        """Forget the gradients of a step that is not to be applied, at any place between two backward passes."""
+        if self.zero_stage == 0:
+            self.deepspeed.zero_grad()
+            return
+        optimizer = self.deepspeed.optimizer
+        optimizer.zero_grad()
+        if self.zero_stage < 3:  # what the micro-batches before added up
+            for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+                held.update(dict.fromkeys(held))
+
     def put_gradient(self, parts: Sequence[torch.Tensor]) -> None:
         """Make `parts`, as `take_gradient` gave them, the gradient that the next `step` applies."""
         for parameter, part in zip(self._trainable(), parts, strict=True):

@@ -176,6 +176,11 @@ class Window:
         self._rest = torch.zeros(4, dtype=torch.float64, device=self._world.device)
         self._micros = 0
 
+    @property
+    def filled(self) -> bool:
+        """Whether there was a micro-batch since the last `take`; the same on all ranks."""
+        return self._micros > 0
+
     def add(self, loss: MicroLoss, output: ModelOutput) -> None:
         """Count one micro-batch."""
         self._micros += 1

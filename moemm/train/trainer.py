@@ -31,9 +31,10 @@ from moemm.points import point
 from moemm.train.balance import RouterBalance
 from moemm.train.callbacks import Callback
 from moemm.train.engine import Engine
+from moemm.train.faulty import Batches, FaultyStepError, Mender, Outcome
 from moemm.train.guard import GradientGuard
 from moemm.train.harmonizing import ConflictReport, draw_number, gamma, report
-from moemm.train.health import refuse_gradient, refuse_loss
+from moemm.train.health import find
 from moemm.train.init import initialise
 from moemm.train.noisy import noisy_shares
 from moemm.train.only import FrozenState, count_trained, freeze
@@ -95,6 +96,8 @@ class Trainer:
             scale=self._scale,
         )  # fmt: skip
         self._window = Window(setup.catalogue.tasks, self.config, world)
+        self._pending: list[Callable[[], None]] = []
+        self._mender = Mender(setup.catalogue, most=self.config.train.health.max_faulty, device=world.device)
         self._routing = routing_names(model.trunk)
         self._alarm = RoutingAlarm(
             self._routing,
@@ -199,42 +202,66 @@ class Trainer:
         return f"; {count_trained(self.engine.model):,} trained, as train.only says"
 
     def _one_step(self, batches: Any) -> None:
-        lr = self._learning_rate()
         self._objective.begin(self.step)
         if self.pretext is not None:
             self.pretext.step = self.step
         if self._noise is not None:
             self._noise.progress = self.step / self.setup.total_steps
-        if self._settler is not None:
-            self._settle(self._settler, [self._next(batches) for _ in range(self._accumulation)])
-            point("step")
-            self.engine.step(lr=lr)
-        else:
-            for micro in range(self._accumulation):
-                batch = self._next(batches)
-                if self._fork is not None:
-                    self._fork.begin(draw_number(self.config.train.seed, self.step, micro), self._gamma())
-                output, loss = self._forward(batch, again=False)
-                self._agree(loss.backward, loss, output, batch)
-                self.engine.backward(loss.backward)
-                point("step")
-                self.engine.step(lr=lr)
+        outcome = self._mender.step(self.step + 1, lambda: self._next(batches), self._attempt, self._undo)
+        for count in self._pending:
+            count()
+        self._pending.clear()
         self._balance.step()
         self.stopped_by = self._asked
-        self._norm = self.engine.grad_norm
-        if self._norm is not None and not np.isfinite(self._norm):
-            refuse_gradient(self.step, self._norm)
         if self._scale is not None:
             self._scale.step()
         self.step += 1
         if self._noise is not None:
             self._noise.advance(self.step, self.setup.total_steps)
         self._frozen.restore()
+        if outcome is not None:
+            self._tell_outcome(outcome)
 
     def _next(self, batches: Any) -> PackedBatch:
         point("data", step=self.step + 1)
         batch: PackedBatch = next(batches)
-        return batch.to(self.world.device)
+        return batch
+
+    def _attempt(self, batches: Batches) -> None:
+        """Everything up to the optimizer's step; raises FaultyStepError on all ranks where it must not be applied."""
+        lr, last = self._learning_rate(), self._accumulation - 1
+        if self._settler is not None:
+            self._settle(self._settler, [batches[micro].to(self.world.device) for micro in range(last + 1)])
+            point("step")
+            self.engine.step(lr=lr)
+        else:
+            for micro in range(last + 1):
+                batch = batches[micro].to(self.world.device)
+                if self._fork is not None:
+                    self._fork.begin(draw_number(self.config.train.seed, self.step, micro), self._gamma())
+                output, loss = self._forward(batch, again=False)
+                self._agree(loss.backward, loss, output, batch)
+                self.engine.accumulate(loss.backward, last=micro == last)
+                point("step")
+                self.engine.step(lr=lr)
+        self._norm = self.engine.grad_norm
+        if self._norm is not None and not math.isfinite(self._norm):
+            self._refuse_gradient(self._norm)
+
+    def _undo(self) -> None:
+        """Forget a failed attempt at a step."""
+        self._pending.clear()
+        self.engine.discard()
+        if self._scale is not None:
+            self._scale.forget()
+
+    def _refuse_gradient(self, norm: float) -> None:
+        raise FaultyStepError("gradient", f"The gradient of step {self.step + 1} has the norm {norm}")
+
+    def _tell_outcome(self, outcome: Outcome) -> None:
+        self.tell(outcome.message)
+        for callback in self._callbacks:
+            callback.on_event(outcome.to_dict())
 
     def _forward(self, batch: PackedBatch, *, again: bool) -> tuple[ModelOutput, MicroLoss]:
         """A pass over a micro-batch, which counts unless it passes `again` in the same step."""
@@ -242,11 +269,20 @@ class Trainer:
         output = self.engine(batch)
         loss = self._objective(output, batch)
         if not again:
-            self._window.add(loss, output)
-            if self._noise is not None:
-                self._noise.keep()
-            self._balance.add(output.router)
+            self._count_later(loss, output)
         return output, loss
+
+    def _count_later(self, loss: MicroLoss, output: ModelOutput) -> None:
+        """Count a micro-batch once its step is done: a failed attempt must leave nothing behind."""
+        noise, seen = self._noise, None if self._noise is None else self._noise.take()
+
+        def count() -> None:
+            self._window.add(loss, output)
+            if noise is not None:
+                noise.keep(seen)
+            self._balance.add(output.router)
+
+        self._pending.append(count)
 
     def _agree(self, chosen: torch.Tensor, loss: MicroLoss, output: ModelOutput, batch: PackedBatch) -> None:
         """The ranks agree that they are about to pass backward from the same `chosen`, and that all is finite."""
@@ -254,7 +290,8 @@ class Trainer:
         point("backward")
         alarm, self._asked = self._guard.before_backward(chosen, flags=[int(bool(broken)), self._stop.number])
         if alarm:
-            refuse_loss(self.step, broken, self.setup.catalogue.tasks, output, batch)
+            findings = gather_objects(find(broken, self.setup.catalogue.tasks, output, batch))
+            raise FaultyStepError("loss", f"The loss of step {self.step + 1} is not finite", findings)
 
     def _parts(self, batch: PackedBatch, again: bool) -> Callable[[int], torch.Tensor]:
         """See trunk.Forward."""
@@ -276,7 +313,7 @@ class Trainer:
         gradients = TrunkGradients.of_step(self.engine, batches, self._parts, num_losses=num_losses, rest=self._rest)
         settled, finite = gradients.settled(settler)
         if not finite:
-            refuse_gradient(self.step, math.nan)
+            self._refuse_gradient(math.nan)
         self.engine.put_gradient(settled)
 
     def _gamma(self) -> float:
@@ -290,7 +327,8 @@ class Trainer:
 
     def _after_step(self, total: int) -> None:
         last = self.step >= total
-        if self.step % self.config.train.log_every == 0 or last or self.stopped_by:
+        due = self.step % self.config.train.log_every == 0 or last or bool(self.stopped_by)
+        if due and self._window.filled:  # no step of it may have been applied
             self._report(total)
         every = self.config.train.eval_every
         if every and self.step % every == 0 and not last:

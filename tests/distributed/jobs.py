@@ -534,7 +534,7 @@ def poisoned(folder: str, stages: list[int]) -> dict[str, Any]:
     world = connect(timeout_s=60)
     found: dict[str, Any] = {}
     for stage in stages:
-        trainer, _ = build(Path(folder), world, name=f"nan_{stage}", stage=stage)
+        trainer, _ = build(Path(folder), world, name=f"nan_{stage}", stage=stage, train={"health": {"max_faulty": 1}})
         with pytest.MonkeyPatch.context() as patch:
             deal(patch, Poisoned)
             try:

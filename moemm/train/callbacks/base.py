@@ -32,6 +32,9 @@ class Callback:
     def on_message(self, text: str) -> None:
         """Something a reader should know."""
 
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """Something a program should know: a line for metrics.jsonl, its kind under "event"."""
+
     def on_finish(self, summary: Mapping[str, Any]) -> None:
         """After the final evaluation of a finished run."""
 

@@ -17,7 +17,7 @@ NUMBERS = 512
 
 class JsonLinesCallback(Callback):
     """One line a report ("event": "train"), an evaluation ("scores"), a message ("message"), and what routers did
-    ("routing"; what stands on its axes in "routing_names").
+    ("routing"; what stands on its axes in "routing_names"), a step that was not done whole ("left_out").
 
     Large expert maps are written less often, their counts added up: the file grows by some NUMBERS a report at most.
     """  # fmt: skip
@@ -51,6 +51,10 @@ class JsonLinesCallback(Callback):
     def on_message(self, text: str) -> None:
         """Write a message."""
         self._write({"event": "message", "text": text})
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """Write an event."""
+        self._write(event)
 
     def on_close(self) -> None:
         """Close the file."""

@@ -21,13 +21,13 @@ from moemm.data.loader import train_loader
 from moemm.data.mixture import MixtureSampler
 from moemm.data.sample import PackedBatch, rows_of
 from moemm.distributed import World
-from moemm.errors import CheckpointError, HealthError
+from moemm.errors import CheckpointError
 from moemm.evaluate import EvaluationPlan, evaluate_model, evaluate_subsets
 from moemm.models import Model, build_model
 from moemm.objectives import supervised_losses
 from moemm.testing.tiny import tiny_config
 from moemm.train import load_run, train
-from moemm.train.health import refuse_loss
+from moemm.train.health import find
 from moemm.train.labels import Labels
 from moemm.train.setup import learn_modalities, total_steps
 from moemm.train.step import Objective, Window
@@ -264,8 +264,11 @@ def test_a_broken_output_of_the_second_task_names_its_samples(load: Load) -> Non
     batch = pack(catalogue, ("vowel", 1), ("digit", 3), ("digit", 8))
     output = model(batch)
     output.outputs["motion"][1] = float("nan")
-    with pytest.raises(HealthError, match=rf"task motion, samples {int(batch.index[2])} of its file"):
-        refuse_loss(0, ["motion"], catalogue.tasks, output, batch)
+    found = find(["motion"], catalogue.tasks, output, batch)
+    assert found.lines == [f"task motion, samples {int(batch.index[2])} of its file"]
+    assert found.samples == [("motion", int(batch.index[2]))] and not found.tasks
+    output.outputs["motion"][1] = 0.0
+    assert find(["motion"], catalogue.tasks, output, batch).tasks == ["motion"], "its outputs are finite"
 
 
 def test_scores_of_both_tasks_come_from_one_pass(load: Load) -> None:

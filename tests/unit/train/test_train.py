@@ -282,7 +282,7 @@ def test_non_finite_loss_names_step_task_and_sample(
         return made[0]
 
     monkeypatch.setattr(trainer_module, "train_loader", loader)
-    options = {"steps": 6, "checkpoint": {"every": 2}}
+    options = {"steps": 6, "checkpoint": {"every": 2}, "health": {"max_faulty": 1}}
     with pytest.raises(HealthError) as caught:
         train(config(train=options, deepspeed={"zero_stage": stage}))
     assert "loss of step 4 is not finite" in str(caught.value)
@@ -302,8 +302,54 @@ def test_gradient_that_is_not_finite_is_neither_applied_nor_saved(
                 first.register_hook(lambda gradient: gradient * math.inf)
 
     with pytest.raises(HealthError, match="gradient of step 3 has the norm"):
-        train(config(train={"checkpoint": {"every": 1}}, deepspeed={"zero_stage": stage}), extra_callbacks=[Explode()])
+        options = {"checkpoint": {"every": 1}, "health": {"max_faulty": 1}}
+        train(config(train=options, deepspeed={"zero_stage": stage}), extra_callbacks=[Explode()])
     assert all(torch.isfinite(value).all() for value in load_run(tmp_path / "run").model.state_dict().values())
+
+
+def test_a_faulty_step_is_done_without_what_breaks_it(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, made = trainer_module.train_loader, []
+
+    def loader(*arguments: Any, **options: Any) -> Broken:
+        made.append(Broken(real(*arguments, **options), step=3))
+        return made[0]
+
+    monkeypatch.setattr(trainer_module, "train_loader", loader)
+    assert train(config(train={"steps": 6}))["steps"] == 6
+    (event,) = lines(tmp_path / "run", "left_out")
+    assert (event["step"], event["what"], event["in_a_row"]) == (4, "loss", 1)
+    assert event["left_out"] == {"modalities": ["image"], "tasks": []}
+    assert event["samples"] == [["shapes", made[0].index]]
+    said = "The loss of step 4 is not finite: modality image was left out of it on all ranks"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert all(torch.isfinite(value).all() for value in load_run(tmp_path / "run").model.state_dict().values())
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
+
+
+def test_a_step_that_nothing_mends_is_left_out_and_several_end_it(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Explode(Callback):
+        def on_step(self, trainer: Trainer, *, stopping: bool) -> None:
+            if trainer.step == 2:
+                self.before = [p.detach().clone() for p in trainer.engine.model.parameters()]
+                last = list(trainer.engine.model.heads.parameters())[-1]
+                last.register_hook(lambda gradient: gradient * math.nan)  # every attempt reaches it
+            elif trainer.step > 2:
+                now = trainer.engine.model.parameters()
+                assert all(torch.equal(a, b) for a, b in zip(self.before, now, strict=True))
+
+    options = {"steps": 9, "log_every": 1, "health": {"max_faulty": 3}}
+    with pytest.raises(HealthError, match=r"gradient of step 5[\s\S]*3 steps in a row were faulty"):
+        train(config(train=options), extra_callbacks=[Explode()])
+    assert [(event["step"], event["left_out"]) for event in lines(tmp_path / "run", "left_out")] == [
+        (3, None),
+        (4, None),
+    ]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2], "nothing to report of steps that were left out"
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
 def test_experts_in_plain_torch_train_to_the_same_loss(config: Any, tmp_path: Path) -> None:
