@@ -25,6 +25,30 @@ VERBS: dict[str, Verb] = {
         help="train; alone or under `deepspeed` or `torchrun`",
         overrides=True,
     ),
+    "launch slurm": Verb(
+        usage="CONFIG",
+        target="moemm.cli.launch:Slurm",
+        help="write a SLURM job that trains, and submit it",
+        overrides=True,
+    ),
+    "launch local": Verb(
+        usage="CONFIG",
+        target="moemm.cli.launch:Local",
+        help="train on several ranks of this machine",
+        overrides=True,
+    ),
+    "launch torchrun": Verb(
+        usage="CONFIG",
+        target="moemm.cli.launch:Torchrun",
+        help="the same by torchrun; hosts of a hostfile",
+        overrides=True,
+    ),
+    "launch deepspeed": Verb(
+        usage="CONFIG",
+        target="moemm.cli.launch:Deepspeed",
+        help="the same by DeepSpeed's launcher; hosts of a hostfile",
+        overrides=True,
+    ),
     "evaluate": Verb(
         usage="RUN",
         target="moemm.cli.evaluate:Evaluate",

@@ -47,7 +47,7 @@ def launch_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """
     if any(key in environ for key in _RANK_KEYS[:2]):
         found = _from_launcher(environ)
-    elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         found = _from_slurm(environ)
     else:
         found = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -71,9 +71,18 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    # SLURM_STEP_*: only `srun` sets them. A batch script itself has SLURM_PROCID=0 and SLURM_NTASKS=N but no peers.
+    # SLURM_STEP_*: only `srun` sets them, by hand or through `deepspeed --launcher slurm`. A batch script itself has
+    # SLURM_PROCID=0 and SLURM_NTASKS=N but no peers.
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    port = 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
+    job = environ.get("SLURM_JOB_ID", "0")
+    if "SLURM_PROCID" not in environ or not job.isdigit():
+        raise LaunchError(
+            f"SLURM_STEP_NUM_TASKS={environ['SLURM_STEP_NUM_TASKS']} says that `srun` started this process, but "
+            f"SLURM_PROCID={environ.get('SLURM_PROCID', '(not set)')}, SLURM_JOB_ID={job}. Start it with `srun`, or "
+            "unset SLURM_STEP_NUM_TASKS to train in one process."
+        )
+    # Below the ports that Linux hands out by itself (32768 and up), which anything on the node may have.
+    port = 12000 + int(job) % 20000
     return {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
@@ -84,9 +93,9 @@ def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """First name of a SLURM node list: `n[07-09,12],m1` -> `n07`."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-    return nodes if match is None else match.group(1) + (match.group(2) or "")
+    """First name of a SLURM node list: `n[07-09,12],m1` -> `n07`, `r[1-2]n[3,4]-ib` -> `r1n3-ib`."""
+    match = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
+    return nodes if match is None else re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match.group())
 
 
 def _check(found: Mapping[str, str]) -> None:

@@ -21,6 +21,7 @@ ALLOWED = {
     "config": "",
     "ops": "config",
     "distributed": "config",
+    "launch": "config",
     "checkpoint": "config distributed",
     "data": "config",
     "moe": "config ops",
@@ -48,7 +49,7 @@ OWNERS = {
     "megablocks": {"moemm/moe/megablocks.py"},
     "moemm._C": {"moemm/ops/backend.py"},
 }
-TORCH_FREE = ("config", "errors", "points", "__init__")
+TORCH_FREE = ("config", "errors", "launch", "points", "__init__")
 
 
 @functools.cache

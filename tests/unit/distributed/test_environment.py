@@ -41,7 +41,7 @@ def test_srun_is_mapped() -> None:
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
         "MASTER_ADDR": "n07",
-        "MASTER_PORT": str(20000 + 123456 % 20000),
+        "MASTER_PORT": str(12000 + 123456 % 20000),
     }
     assert launch_variables({**SRUN, "MASTER_ADDR": "a", "MASTER_PORT": "7"})["MASTER_ADDR"] == "a"
 
@@ -53,7 +53,15 @@ def test_a_batch_script_itself_is_one_process() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("n1", "n1"), ("n[1-2]", "n1"), ("gpu[007,009-012],x3", "gpu007"), ("a-b-1,c", "a-b-1"), ("10.0.0.1", "10.0.0.1")],
+    [
+        ("n1", "n1"),
+        ("n[1-2]", "n1"),
+        ("gpu[007,009-012],x3", "gpu007"),
+        ("a-b-1,c", "a-b-1"),
+        ("10.0.0.1", "10.0.0.1"),
+        ("n[3,5]-ib,x", "n3-ib"),
+        ("r[1-2]n[04-06,9]", "r1n04"),
+    ],
 )
 def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
@@ -71,6 +79,21 @@ def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
 )
 def test_contradictions_are_launch_errors(change: dict[str, str | None], said: str) -> None:
     environ = {key: value for key, value in {**TORCHRUN, **change}.items() if value is not None}
+    with pytest.raises(LaunchError, match=said):
+        launch_variables(environ)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"SLURM_PROCID": None}, "SLURM_PROCID=.not set."),
+        ({"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID=x"),
+        ({"SLURM_STEP_NUM_TASKS": "many"}, "WORLD_SIZE='many' is no whole number"),
+        ({"SLURM_PROCID": "4"}, "RANK=4 must be below WORLD_SIZE=4"),
+    ],
+)
+def test_what_srun_did_not_set_is_a_launch_error(change: dict[str, str | None], said: str) -> None:
+    environ = {key: value for key, value in {**SRUN, **change}.items() if value is not None}
     with pytest.raises(LaunchError, match=said):
         launch_variables(environ)
 

@@ -1,0 +1,1 @@
+../moemm/launch/templates/local.sh

@@ -1,0 +1,1 @@
+../moemm/launch/templates/multinode.sh
