@@ -15,21 +15,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moemm.distributed.environment import free_port
-
-
-@dataclass(frozen=True, slots=True)
-class RankResult:
-    """What became of one rank: the function's value (None if it raised), its exit code, all that it printed."""
-
-    value: Any
-    returncode: int
-    output: str
+from moemm.testing.forked import RankResult, collect, shared_nursery, shown
 
 
 def run_distributed(
@@ -44,15 +38,20 @@ def run_distributed(
 ) -> list[RankResult]:
     """Call `module:name` with `arguments` in `ranks` processes and collect the results by rank.
 
+    Ranks are forked from a process that has imported torch and DeepSpeed; with `environ` they are new processes.
     path: folders to import `module` from. A job that outlives `timeout_s` is killed (return code -9).
     With `check` an AssertionError shows the output of the ranks if one of them ended with another code than 0.
     """
+    # What `environ` sets may matter to imports, and a device that was asked for does not survive a fork.
+    if not environ and not torch.cuda.is_available():
+        return shared_nursery().run(
+            function, ranks=ranks, arguments=arguments, path=path, timeout_s=timeout_s, linger_s=timeout_s, check=check
+        )
     command = [sys.executable, "-m", "moemm.testing.distributed", function, json.dumps(dict(arguments or {}))]
     with tempfile.TemporaryDirectory() as folder:
         results = _run(command, Path(folder), ranks, _environment(environ, path, ranks), timeout_s)
     if check and any(result.returncode for result in results):
-        shown = "\n".join(f"--- rank {i}, exit {r.returncode}\n{r.output}" for i, r in enumerate(results))
-        raise AssertionError(f"{function} failed:\n{shown}")
+        raise AssertionError(f"{function} failed:\n{shown(results)}")
     return results
 
 
@@ -73,16 +72,12 @@ def _environment(environ: Mapping[str, str] | None, path: Sequence[Path | str], 
 def _run(
     command: list[str], folder: Path, ranks: int, environment: dict[str, str], timeout_s: float
 ) -> list[RankResult]:
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(ranks)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(folder / f"{rank}.json")],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]
+    began, processes = time.monotonic(), []
+    for rank in range(ranks):
+        with (folder / f"{rank}.log").open("w") as log:
+            own = [*command, str(folder / f"{rank}.json")]
+            variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(own, env=variables, stdout=log, stderr=subprocess.STDOUT))
     try:
         for process in processes:
             process.wait(timeout=timeout_s)
@@ -92,14 +87,7 @@ def _run(
         for process in processes:
             process.kill()
             process.wait()
-    return [_collect(folder / f"{r}.json", logs[r], p.returncode) for r, p in enumerate(processes)]
-
-
-def _collect(path: Path, log: Any, returncode: int) -> RankResult:
-    log.seek(0)
-    output = log.read()
-    log.close()
-    return RankResult(json.loads(path.read_text()) if path.exists() else None, returncode, output)
+    return [collect(folder, r, p.returncode, time.monotonic() - began) for r, p in enumerate(processes)]
 
 
 def _child() -> None:

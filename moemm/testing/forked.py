@@ -34,8 +34,11 @@ _POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class ForkedResult:
-    """What became of one rank. returncode: negative for a signal. seconds: from the start of the job to its end."""
+class RankResult:
+    """What became of one rank: the function's value (None if it raised), all that it printed.
+
+    returncode: negative for a signal. seconds: from the start of the job to the rank's end.
+    """
 
     value: Any
     returncode: int
@@ -52,7 +55,7 @@ class Nursery:
         environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "moemm.testing.forked"],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -64,9 +67,10 @@ class Nursery:
         self.close()
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
+        """End the process, and the ranks that it has started."""
+        if self.alive:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def run(
         self,
@@ -79,7 +83,7 @@ class Nursery:
         timeout_s: float = 120.0,
         linger_s: float = 60.0,
         check: bool = False,
-    ) -> list[ForkedResult]:
+    ) -> list[RankResult]:
         """Run `module:name` with `arguments` in `ranks` processes; what became of each rank, by rank.
 
         With `check` an AssertionError shows the output of all ranks if one of them ended with another code than 0.
@@ -90,21 +94,45 @@ class Nursery:
                 "environ": dict(environ or {}), "path": [str(part) for part in path], "timeout_s": timeout_s,
                 "linger_s": linger_s,
             }  # fmt: skip
-            assert self._process.stdin is not None and self._process.stdout is not None
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-            ends = json.loads(self._process.stdout.readline())
-            results = [_collect(Path(folder), rank, *end) for rank, end in enumerate(ends)]
+            ends = self._ask(job)
+            results = [collect(Path(folder), rank, *end) for rank, end in enumerate(ends)]
         if check and any(result.returncode for result in results):
             raise AssertionError(f"{function} failed:\n{shown(results)}")
         return results
 
-    def moemm(self, arguments: Sequence[str], **options: Any) -> list[ForkedResult]:
+    def _ask(self, job: dict[str, Any]) -> list[tuple[int, float]]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+            ends: list[tuple[int, float]] = json.loads(self._process.stdout.readline())
+        except BaseException:  # a test's timeout, too: the answer that is still to come is not the next job's
+            self.close()
+            raise
+        return ends
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can run another job."""
+        return self._process.poll() is None
+
+    def moemm(self, arguments: Sequence[str], **options: Any) -> list[RankResult]:
         """`moemm ARGUMENTS` in each rank; options as for `run`. The exit code is that of the command."""
         return self.run("moemm.testing.forked:_command", arguments={"argv": list(arguments)}, **options)
 
 
-def shown(results: Sequence[ForkedResult]) -> str:
+_shared: list[Nursery] = []
+
+
+def shared_nursery() -> Nursery:
+    """One for all of this process, made when it is first asked for."""
+    if not _shared or not _shared[-1].alive:
+        _shared.append(Nursery())
+        atexit.register(_shared[-1].close)
+    return _shared[-1]
+
+
+def shown(results: Sequence[RankResult]) -> str:
     """The output of all ranks."""
     return "\n".join(
         f"--- rank {rank}, exit {one.returncode} after {one.seconds:.1f} s\n{one.output}"
@@ -112,10 +140,11 @@ def shown(results: Sequence[ForkedResult]) -> str:
     )
 
 
-def _collect(folder: Path, rank: int, code: int, seconds: float) -> ForkedResult:
+def collect(folder: Path, rank: int, code: int, seconds: float) -> RankResult:
+    """What a rank left in the job's folder: RANK.json, its value, and RANK.log, its output."""
     path = folder / f"{rank}.json"
     value = json.loads(path.read_text()) if path.exists() else None
-    return ForkedResult(value, code, (folder / f"{rank}.log").read_text(errors="replace"), seconds)
+    return RankResult(value, code, (folder / f"{rank}.log").read_text(errors="replace"), seconds)
 
 
 def _command(argv: list[str]) -> None:

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from moemm.testing.forked import Nursery
+from moemm.testing.forked import Nursery, shared_nursery
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def nursery() -> Nursery:
     """Where ranks are forked from: it imports torch and DeepSpeed once."""
-    with Nursery() as made:
-        yield made
+    return shared_nursery()
