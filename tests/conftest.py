@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+from machine import why_no_hosts, why_no_slurm
 
 
 @pytest.fixture
@@ -43,6 +44,10 @@ def unchecked() -> list[str]:
         found.append("no nvcc: the .cu files were NOT compiled (set CUDA_HOME, or put nvcc on PATH)")
     if not torch.cuda.is_available():
         found.append("no CUDA device: tests marked gpu did NOT run (benchmarks/gpu/run.sh runs them on one)")
+    if why_no_slurm():
+        found.append(f"SLURM: jobs were NOT submitted, preempted and requeued: {why_no_slurm()}")
+    if why_no_hosts():
+        found.append(f"hostfiles: two hosts did NOT train together: {why_no_hosts()}")
     if not SOAK:
         found.append("tests marked soak, which take long, did NOT run (make soak, or MOEMM_SOAK=1)")
     return found

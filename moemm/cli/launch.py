@@ -48,7 +48,7 @@ class Slurm:
     qos: str = ""
     """Quality of service."""
     sbatch: Texts = ()
-    """Another option of sbatch without its dashes: --sbatch constraint=h100 --sbatch exclusive."""
+    """Another option of sbatch without its dashes: --sbatch exclusive --sbatch mem=64G."""
     container: str = ""
     """Image to run in: FILE.sif or docker://... by Apptainer, all others by Pyxis (FILE.sqsh, nvcr.io#nvidia/...)."""
     mount: Texts = ()

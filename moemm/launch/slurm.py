@@ -49,8 +49,8 @@ class SlurmJob:
         limit = seconds(self.time)
         if self.save_s < 1 or (limit is not None and self.save_s >= limit):
             raise LaunchError(
-                f"--save-s is {self.save_s}: ranks must be told to save at least 1 s before the end, and later than the "
-                f"start of a job of {self.time}."
+                f"--save-s is {self.save_s}: ranks must be told to save at least 1 s before the end of the job, and "
+                f"after its start: its --time is {self.time}."
             )
 
     @property

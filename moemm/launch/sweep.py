@@ -34,9 +34,7 @@ def sweep(axes: Sequence[str], *, output: str) -> list[Point]:
     shown = shown if len(set(shown)) == len(shown) else keys
     combinations = list(itertools.product(*(values for _, values in parsed))) if parsed else []
     if len(combinations) > MAX_POINTS:
-        raise LaunchError(
-            f"--array makes {len(combinations)} combinations; SLURM takes {MAX_POINTS} at most by default."
-        )
+        raise LaunchError(f"--array makes {len(combinations)} combinations; by default SLURM takes {MAX_POINTS}.")
     points = [_point(keys, shown, values, output) for values in combinations]
     _refuse_doubles([point.name for point in points], what="--array: two combinations are written alike:")
     return points
@@ -46,17 +44,14 @@ def _axis(text: str) -> tuple[str, list[str]]:
     key, equals, listed = text.removeprefix("--").partition("=")
     values = [value.strip() for value in re.split(r",(?![^\[]*\])", listed)]  # not at commas in [brackets]
     if not equals or not key or not all(values):
-        raise LaunchError(
-            f"--array {text!r}: write KEY=VALUE,VALUE with a key of the configuration: train.lr=1e-3,1e-4"
-        )
+        raise LaunchError(f"--array {text!r}: write KEY=VALUE,VALUE, with a key of the configuration: train.lr=1,2")
     _refuse_doubles(values, what=f"--array {key}: the value")
     return key, values
 
 
 def _point(keys: Sequence[str], shown: Sequence[str], values: Sequence[str], output: str) -> Point:
-    name = "-".join(
-        f"{key}_{re.sub(r'[^A-Za-z0-9._+]+', '-', value)}" for key, value in zip(shown, values, strict=True)
-    )
+    plain = [re.sub(r"[^A-Za-z0-9._+]+", "-", value) for value in values]
+    name = "-".join(f"{key}_{value}" for key, value in zip(shown, plain, strict=True))
     overrides = [part for key, value in zip(keys, values, strict=True) for part in (f"--{key}", value)]
     if "train.output" not in keys:
         overrides += ["--train.output", f"{output.rstrip('/')}-sweep/{name}"]

@@ -28,6 +28,7 @@ def _lines(text: str, values: Mapping[str, str | None]) -> Iterator[str]:
         elif line == "#end":
             shown = True
         elif shown:
-            found = {name: values[name] for name in _FIELD.findall(line)}
-            if None not in found.values():
-                yield _FIELD.sub(lambda match, found=found: str(found[match[1]]), line)
+            parts: list[str | None] = list(_FIELD.split(line))  # text and names in turn
+            parts[1::2] = [values[str(name)] for name in parts[1::2]]
+            if None not in parts:
+                yield "".join(map(str, parts))

@@ -54,7 +54,8 @@ def test_a_config_error_takes_less_than_two_seconds(moemm: Run, recipe: Path) ->
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["config", "explain"], ["config", "show", "tiny.yaml"], ["train", "tiny.yaml", "--model.dim", "no"],
-     ["train", "--help"], ["evaluate", "--help"], ["doctor", "--help"], ["evaluate", "nowhere"]],
+     ["train", "--help"], ["evaluate", "--help"], ["doctor", "--help"], ["evaluate", "nowhere"],
+     ["launch", "slurm", "tiny.yaml", "--dry-run"], ["launch", "local", "tiny.yaml", "--ranks", "2", "--dry-run"]],
 )  # fmt: skip
 def test_nothing_heavy_is_imported(arguments: list[str], recipe: Path, tmp_path: Path) -> None:
     done = subprocess.run(

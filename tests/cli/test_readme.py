@@ -43,6 +43,7 @@ def test_the_readme_has_the_commands_that_are_run_here() -> None:
         "doctor",
         "data",
         "config",
+        "launch",
     ]
 
 

@@ -46,7 +46,7 @@ ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
+{parameters}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldLogFile={folder}/slurmctld.log
@@ -55,7 +55,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 NodeName={first} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName={second} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120 MaxTime=INFINITE
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_s} MaxTime=INFINITE
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 
@@ -114,14 +114,19 @@ def until(reached: Callable[[], bool], what: str, *, patience_s: float = PATIENC
 
 
 @contextmanager
-def cluster() -> Iterator[Cluster]:
-    """Start it, and end it with everything that runs on it."""
+def cluster(*, grace_s: int = 120, tells_users: bool = True) -> Iterator[Cluster]:
+    """Start it, and end it with everything that runs on it.
+
+    grace_s: what a job has left when it is preempted. tells_users: it then gets the signal of its --signal at once.
+    """
+    parameters = "SlurmctldParameters=preempt_send_user_signal" if tells_users else ""
     folder = Path(tempfile.mkdtemp(prefix="moemm-slurm-"))
     folder.chmod(0o711)
     host = socket.gethostname().partition(".")[0]
     # The first node has the name of this machine, which is known; no name of the second one is ever looked up.
     facts = {"folder": folder, "host": host, "first": host, "second": f"{host}-b"}
-    (folder / "slurm.conf").write_text(CONF.format(ports=[free_port() for _ in range(3)], **facts))
+    rules = {"parameters": parameters, "grace_s": grace_s, "ports": [free_port() for _ in range(3)]}
+    (folder / "slurm.conf").write_text(CONF.format(**facts, **rules))
     (folder / "state").mkdir()
     (folder / "key").write_bytes(os.urandom(128))
     (folder / "key").chmod(0o600)

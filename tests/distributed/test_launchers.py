@@ -51,7 +51,7 @@ def test_deepspeed_trains_and_torchrun_goes_on(config: Path) -> None:
     assert summary["world_size"] == 2 and summary["steps"] == 4
     port = str(free_port())
     second = run(
-        "torchrun", "--nproc-per-node", "2", "--master-port", port, "-m", "moemm", "train", str(config), "--resume",
+        sys.executable, "-m", "moemm", "launch", "torchrun", str(config), "--ranks", "2", "--port", port, "--resume",
         "--train.steps", "6",
     )  # fmt: skip
     assert second.returncode == 0, second.stdout + second.stderr
