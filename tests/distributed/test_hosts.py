@@ -41,7 +41,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def one(hosts: Hosts, folder: Path) -> list[tuple[int, float]]:
     """The losses of two ranks on one host."""
     hosts.run(
-        "moemm", "launch", "deepspeed", "tiny.yaml", "--ranks", "2", "--train.output", "one",
+        "moemm", "launch", "local", "tiny.yaml", "--ranks", "2", "--train.output", "one",
         cwd=folder, OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert len(losses(folder / "one")) == 6

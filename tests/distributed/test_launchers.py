@@ -29,7 +29,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(*command: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=250, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_deepspeed_trains_and_torchrun_goes_on(config: Path) -> None:
     port = str(free_port())
     first = run(
-        "deepspeed", "--num_accelerators", "2", "--master_port", port, "--module", "moemm", "train", str(config)
-    )
+        sys.executable, "-m", "moemm", "launch", "deepspeed", str(config), "--ranks", "2", "--port", port
+    )  # fmt: skip
     assert first.returncode == 0, first.stdout + first.stderr
     assert "2 rank(s) on cpu, ZeRO 1" in first.stdout and "step 4/4" in first.stdout
     assert first.stdout.count("┃ scikit-learn") == 1, "one rank prints"

@@ -172,7 +172,8 @@ def test_deepspeeds_slurm_launcher_in_an_allocation(slurm: Cluster, tmp_path: Pa
 def test_preempted_before_its_first_step_it_is_queued_again(slurm: Cluster, tmp_path: Path) -> None:
     config = write_config(tmp_path, steps=ENDLESS)
     job = submit(slurm, tmp_path, config, *JOB, "--requeue")
-    until(lambda: slurm.show(job).get("JobState") == "RUNNING", "the job's start")
+    listed = ("squeue", "--steps", "--noheader", "--jobs", job, "--format=%i")
+    until(lambda: f"{job}.0" in slurm.run(*listed).stdout.split(), "the job's ranks to start")
     slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     slurm.start_now(job)
     assert (tmp_path / f"tiny-{job}.out").read_text().count("requeue: ended with code 138") == 1
