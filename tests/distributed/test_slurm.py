@@ -108,6 +108,8 @@ def test_a_time_limit_saves_and_queues_again(slurm: Cluster, tmp_path: Path) -> 
     saved = int(re.findall(r"stopped by SIGUSR1; saved step (\d+)\.", log.read_text())[0])
     slurm.start_now(job)
     until(lambda: steps(tmp_path / "job") >= saved + 5, "five more steps")
+    slurm.run("scancel", "--signal=USR1", job)
+    until(lambda: slurm.show(job).get("Restarts") == "2", "the user's signal")
     slurm.run("scancel", job)
     assert slurm.ends(job) == "CANCELLED" and f"(step {saved})" in log.read_text()
     assert in_order(tmp_path / "job")
@@ -146,6 +148,7 @@ def test_an_array_trains_each_value_in_its_own_folder(slurm: Cluster, tmp_path: 
     assert [(one["train"]["lr"], one["model"]["dim"]) for one in found] == [
         (0.001, 16), (0.001, 32), (0.0001, 16), (0.0001, 32)
     ]  # fmt: skip
+    assert [slurm.ends(f"{job}_{task}") for task in range(4)] == ["COMPLETED"] * 4
     assert len(list(tmp_path.glob(f"tiny-{job}_*.out"))) == 4
 
 
