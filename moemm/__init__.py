@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moemm.models import build_model as build_model
     from moemm.moe import register_router as register_router
     from moemm.objectives import register_objective as register_objective
+    from moemm.observe.status import run_status as run_status
     from moemm.ops import backend_info as backend_info
     from moemm.plugins import load_plugin as load_plugin
     from moemm.train import load_run as load_run
@@ -49,6 +50,7 @@ _PUBLIC = {
     "register_modality": ("moemm.modalities", "register_modality"),
     "register_objective": ("moemm.objectives", "register_objective"),
     "register_router": ("moemm.moe", "register_router"),
+    "run_status": ("moemm.observe.status", "run_status"),
     "train_run": ("moemm.train", "train"),  # not "train": that is the subpackage
     "upcycle": ("moemm.growth", "upcycle"),
     "validate_file": ("moemm.data", "validate_file"),

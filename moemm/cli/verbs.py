@@ -49,6 +49,11 @@ VERBS: dict[str, Verb] = {
         help="the same by DeepSpeed's launcher; hosts of a hostfile",
         overrides=True,
     ),
+    "status": Verb(
+        usage="RUN",
+        target="moemm.cli.status:Status",
+        help="whether a run goes on, how far it is, what went wrong",
+    ),
     "evaluate": Verb(
         usage="RUN",
         target="moemm.cli.evaluate:Evaluate",

@@ -81,6 +81,13 @@ def _precision(config: Config) -> Iterator[Problem]:
         yield Problem(path=("train", "precision"), message=message, given="bf16", allowed="fp32, or a stage of 1 to 3")
 
 
+def _observe(config: Config) -> Iterator[Problem]:
+    path = config.observe.prometheus
+    if path is not None and not path.endswith(".prom"):
+        message = "has a name that node_exporter passes over; it reads files that end in .prom"
+        yield Problem(path=("observe", "prometheus"), message=message, given=path, allowed="moemm.prom, for example")
+
+
 def _missing(config: Config) -> Iterator[Problem]:
     data, missing = config.data, config.model.missing
     if data.modality_dropout_over is not None and data.modality_dropout_start is None:
@@ -187,6 +194,7 @@ RULES: tuple[Rule, ...] = (
     *HARMONIZE_RULES,
     _duration,
     _batch,
+    _observe,
     _precision,
     check_extra,
 )

@@ -491,6 +491,21 @@ class DeepSpeedConfig:
 
 
 @dataclass(kw_only=True)
+class ObserveConfig:
+    """Who is told how a run goes, besides the files of its folder (docs/status.md)."""
+
+    heartbeat_s: Positive = 5.0
+    """Seconds between signs of life in heartbeat.json, which `moemm status` reads."""
+    prometheus: Annotated[str, MinLen(1)] | None = None
+    """Text file for the textfile collector of Prometheus' node_exporter, rewritten with every report; ends in .prom.
+    Relative to the working directory."""
+    wandb: Annotated[str, MinLen(1)] | None = None
+    """Project of Weights & Biases; needs `pip install wandb`."""
+    mlflow: Annotated[str, MinLen(1)] | None = None
+    """Experiment of MLflow; needs `pip install mlflow-skinny`, or mlflow."""
+
+
+@dataclass(kw_only=True)
 class Config:
     """A run of moemm."""
 
@@ -513,3 +528,5 @@ class Config:
     """The optimisation."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     """The engine."""
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    """Who is told how it goes."""

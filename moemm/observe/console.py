@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moemm.observe.records import Metrics, RunInfo
-from moemm.observe.table import duration, number, results_table
+from moemm.observe.span import duration
+from moemm.observe.table import number, results_table
 
 PLAIN_WIDTH = 120
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from moemm.evaluate.metrics import direction
+from moemm.observe.span import duration
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
@@ -41,16 +42,6 @@ def _colour(task: Mapping[str, Any], baseline: float | None) -> str:
 def number(value: float | None) -> str:
     """Three digits behind the point, or a dash where there is no value."""
     return "-" if value is None else f"{value:.3f}"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `3 min 05 s`, `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from moemm.observe.heatmap import draw_heatmap
 from moemm.observe.records import Metrics, RunInfo
 from moemm.observe.routing import RouterReport, RoutingNames
+from moemm.observe.scalars import scalars_of, scalars_of_scores
 
 PICTURE_SHARE = 0.005
 """Share of a run's time that heat maps may take: the next ones wait until the last have been paid for."""
@@ -41,24 +42,7 @@ class TensorBoard:
 
     def metrics(self, metrics: Metrics) -> None:
         """Losses, accuracies, speed and routing of one report; heat maps when they are due, and with the last one."""
-        scalars = {
-            "train/loss": metrics.loss,
-            "train/router_loss": metrics.router_loss,
-            "train/lr": metrics.lr,
-            "speed/tokens_per_second": metrics.tokens_per_second,
-            **{f"loss/{task}": value for task, value in metrics.losses.items()},
-            **{f"objective/{name}": value for name, value in metrics.objectives.items()},
-            **{f"accuracy/{task}": value for task, value in metrics.accuracy.items()},
-            **{f"conflict_cos/{pair}": cos for pair, (cos, _) in metrics.conflict.items()},
-            **{f"noisy_pairs/{pair}": share for pair, share in metrics.noisy_pairs.items()},
-            **({} if metrics.dropped is None else {"conflict_dropped": metrics.dropped}),
-            **{f"conflict_share/{pair}": share for pair, (_, share) in metrics.conflict.items()},
-            **{f"loss_weight/{name}": weight for name, weight in metrics.loss_weights.items()},
-        }
-        if metrics.grad_norm is not None:
-            scalars["train/grad_norm"] = metrics.grad_norm
-        if self._names is not None and metrics.routing is not None:
-            scalars |= _routing_scalars(self._names, metrics.routing)
+        scalars = scalars_of(metrics, self._names)
         self._add(scalars, metrics.step)
         now = time.perf_counter()
         if metrics.routing is not None and (now >= self._picture_due or metrics.step == metrics.total_steps):
@@ -67,8 +51,7 @@ class TensorBoard:
 
     def scores(self, step: int, split: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
         """The metric of each task on a split."""
-        known = {task: score for task, score in scores.items() if score["value"] is not None}
-        self._add({f"{split}_{score['metric']}/{task}": score["value"] for task, score in known.items()}, step)
+        self._add(scalars_of_scores(split, scores), step)
 
     def close(self) -> None:
         """Write out what is buffered."""
@@ -94,24 +77,6 @@ class TensorBoard:
                 title=f"layer {layer}, step {step}: share of each modality's choices, %",
             )
             self._writer.add_image(f"routing/layer_{layer}", picture, step, dataformats="HWC")
-
-
-def _routing_scalars(names: RoutingNames, routing: RouterReport) -> dict[str, float]:
-    """Load of each expert, evenness of each modality, dead experts and dropped slots, by layer."""
-    found: dict[str, float] = {}
-    share_LE, dead_LE = routing.layer_share_LE, routing.dead_LE(names.allowed_LME)
-    even_LM, usable_LE = routing.evenness_LM(names.allowed_LME), np.asarray(names.allowed_LME.any(1))
-    for number, layer in enumerate(names.layers):
-        at = f"layer_{layer}"
-        shares = zip(names.experts, share_LE[number], usable_LE[number], strict=True)
-        found |= {f"load/{at}/{expert}": float(share) for expert, share, usable in shares if usable}
-        even = zip(names.rows, even_LM[number], strict=True)
-        found |= {f"evenness/{at}/{row}": float(value) for row, value in even if value == value}
-        found[f"dead_experts/{at}"] = float(dead_LE[number].sum())
-        if routing.dropped_LM.any():
-            dropped = routing.dropped_LM[number].sum()
-            found[f"dropped_slots/{at}"] = float(dropped / max(1.0, dropped + routing.load_LME[number].sum()))
-    return found
 
 
 def _charts(names: RoutingNames) -> dict[str, list[Any]]:

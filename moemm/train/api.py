@@ -20,17 +20,22 @@ from moemm.config import Config, LoadedConfig
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
 from moemm.data.shared import held_open
-from moemm.distributed import World, choose_cpu_threads, connect
+from moemm.distributed import World, choose_cpu_threads, connect, on_main
 from moemm.errors import CheckpointError
 from moemm.modalities import ModalitySpec
+from moemm.observe.heartbeat import FILE_NAME as HEARTBEAT
+from moemm.observe.heartbeat import Heartbeat
 from moemm.plugins import load_stored as load_stored_config
 from moemm.points import arm_from_environment
 from moemm.train.callbacks import (
     Callback,
     CheckpointingCallback,
     ConsoleCallback,
+    HeartbeatCallback,
     JsonLinesCallback,
     TensorBoardCallback,
+    check_sinks,
+    sinks,
 )
 from moemm.train.results import summarize, write_summary
 from moemm.train.setup import (
@@ -61,6 +66,7 @@ def train(
     arm_from_environment()
     world = connect(timeout_s=loaded.config.deepspeed.timeout_s)
     choose_cpu_threads(world, workers=loaded.config.data.num_workers)
+    on_main(lambda: check_sinks(loaded.config.observe))
     with held_open():
         setup, going_on = prepare(loaded, resume=resume)
         with stop_requests() as stop:
@@ -70,10 +76,7 @@ def train(
 def _train(
     setup: Setup, world: World, stop: StopRequest, *, going_on: bool, wanted: bool, extra: list[Callback]
 ) -> dict[str, Any]:
-    every = setup.config.train.checkpoint.every
-    callbacks: list[Callback] = [
-        ConsoleCallback(), JsonLinesCallback(), TensorBoardCallback(), *extra, CheckpointingCallback(every=every)
-    ]  # fmt: skip
+    callbacks = _callbacks(setup, world, extra)
     found = _find(setup, world) if going_on else None
     trainer = Trainer(setup, world, callbacks, stop, start=found)
     try:
@@ -88,6 +91,19 @@ def _train(
         return _finish(trainer)
     finally:
         trainer.close()
+
+
+def _callbacks(setup: Setup, world: World, extra: list[Callback]) -> list[Callback]:
+    config = setup.config
+    callbacks: list[Callback] = [ConsoleCallback(), JsonLinesCallback(), TensorBoardCallback()]
+    if world.is_main:
+        heartbeat = Heartbeat(
+            setup.folder / HEARTBEAT, ranks=world.size, every_s=config.observe.heartbeat_s,
+            patience_s=config.deepspeed.timeout_s,
+        )  # fmt: skip
+        heartbeat.beat("start", total_steps=setup.total_steps)
+        callbacks += [HeartbeatCallback(heartbeat), *sinks(config.observe)]
+    return [*callbacks, *extra, CheckpointingCallback(every=config.train.checkpoint.every)]
 
 
 def _find(setup: Setup, world: World) -> Found:

@@ -119,6 +119,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Make the checkpoint of this step; all ranks together. Raises CheckpointError on all of them."""
+        for callback in self._callbacks:
+            callback.on_phase("save", self.step)
         return commit(
             self.setup.checkpoints,
             step=self.step,
@@ -390,6 +392,8 @@ class Trainer:
         """  # fmt: skip
         began = time.perf_counter()
         point("evaluate")
+        for callback in self._callbacks:
+            callback.on_phase("evaluate", self.step)
         plan = EvaluationPlan(
             split=split,
             prepare=self._prepare,

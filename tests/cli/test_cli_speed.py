@@ -55,9 +55,12 @@ def test_a_config_error_takes_less_than_two_seconds(moemm: Run, recipe: Path) ->
     "arguments",
     [["--help"], ["config", "explain"], ["config", "show", "tiny.yaml"], ["train", "tiny.yaml", "--model.dim", "no"],
      ["train", "--help"], ["evaluate", "--help"], ["doctor", "--help"], ["evaluate", "nowhere"],
-     ["launch", "slurm", "tiny.yaml", "--dry-run"], ["launch", "local", "tiny.yaml", "--ranks", "2", "--dry-run"]],
+     ["launch", "slurm", "tiny.yaml", "--dry-run"], ["launch", "local", "tiny.yaml", "--ranks", "2", "--dry-run"],
+     ["status", "--help"], ["status", "run"]],
 )  # fmt: skip
 def test_nothing_heavy_is_imported(arguments: list[str], recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: run")
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS.format(heavy=HEAVY), *arguments],
         capture_output=True,

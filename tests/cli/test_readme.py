@@ -35,6 +35,7 @@ def run(place: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def test_the_readme_has_the_commands_that_are_run_here() -> None:
     assert [command.split()[1] for command in COMMANDS] == [
+        "status",
         "evaluate",
         "evaluate",
         "inspect",

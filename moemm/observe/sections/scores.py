@@ -10,7 +10,8 @@ from moemm.observe.chart import Chart
 from moemm.observe.history import History
 from moemm.observe.page import Cell, Section, heading, notes, panels, table
 from moemm.observe.sections.evaluation import Reuse
-from moemm.observe.table import duration, listing, number
+from moemm.observe.span import duration
+from moemm.observe.table import listing, number
 
 
 def scores_section(summary: Mapping[str, Any], messages: Sequence[str], reuse: Reuse | None) -> Section:

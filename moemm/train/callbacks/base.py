@@ -20,6 +20,9 @@ class Callback:
     def on_start(self, info: RunInfo) -> None:
         """Before the first step."""
 
+    def on_phase(self, phase: str, step: int) -> None:
+        """Before a phase that is no step and may take long, `evaluate` or `save`, after so many steps."""
+
     def on_step(self, trainer: Trainer, *, stopping: bool) -> None:
         """After each optimizer step, its reports and its evaluation. stopping: no other step follows."""
 

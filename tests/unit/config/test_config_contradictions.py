@@ -23,6 +23,10 @@ def groups(*given: dict[str, Any]) -> dict[str, Any]:
 
 
 PAIRS: dict[str, tuple[dict[str, Any], str]] = {
+    "a name that node_exporter passes over": (
+        {"observe": {"prometheus": "run.txt"}},
+        r"observe\.prometheus: has a name that node_exporter passes over",
+    ),
     "heads and dim": ({"model": {"dim": 64, "heads": 5}}, r"model\.heads: does not divide model\.dim, which is 64"),
     "top_k and routed": (
         {"model": {"router": {"top_k": 3}, "experts": groups(ROUTED)}},

@@ -15,7 +15,8 @@ from moemm.observe.console import ConsoleWriter
 from moemm.observe.jsonl import JsonLines
 from moemm.observe.records import Metrics, RunInfo
 from moemm.observe.routing import RouterReport, RoutingNames
-from moemm.observe.table import duration, number, results_table
+from moemm.observe.span import duration
+from moemm.observe.table import number, results_table
 from moemm.train.callbacks import JsonLinesCallback
 
 INFO = RunInfo(
