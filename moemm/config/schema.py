@@ -68,6 +68,9 @@ class DataConfig:
     within: Annotated[str, MinLen(1)] | None = None
     """File with a label for each training sample, as `moemm upcycle --method multiplet` writes it: a batch holds
     samples of one label, but for those in which a label or an epoch ends. Relative to the working directory."""
+    deal: Literal["tokens", "samples"] = "tokens"
+    """With several ranks: `tokens` gives each about as much to compute, by the lengths of the samples; `samples` the
+    same number of samples. The batch is the same either way, and so are the losses (docs/data.md)."""
     num_workers: Annotated[int, Ge(0)] = 1
     """Worker processes that read and pack; 0 reads in the training process."""
     prefetch: Count = 4

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from moemm.config.check_objectives import label_free
 from moemm.config.schema import Config
 from moemm.data.catalogue import Catalogue
 from moemm.data.dataset import SplitDataset
+from moemm.data.deal import Dealt, Lengths, TokenDeal
 from moemm.data.flat import FlatBatch, flatten, unflatten
 from moemm.data.labels import labelled_items
 from moemm.data.mixture import Bags, Draw, MixtureSampler
@@ -70,7 +71,8 @@ class TrainSamples:
 
     Draws count the groups of tasks that share their samples as one task each.
     groups: those that are drawn from; all when not given. items: for each of them the items of its train split that are
-    drawn from; all when not given.
+    drawn from; all when not given. dealt: of the draws of all ranks, give only the samples that one of them gets;
+    prepare: what it needs for the lengths of texts.
     """
 
     def __init__(
@@ -81,12 +83,18 @@ class TrainSamples:
         seed: int = 0,
         groups: Sequence[Sequence[int]] | None = None,
         items: Sequence[np.ndarray] | None = None,
+        dealt: Dealt | None = None,
+        prepare: Prepare | None = None,
     ) -> None:
         first = [catalogue.tasks[group[0]].name for group in groups or catalogue.groups]
         self._datasets = [SplitDataset(catalogue, task=name, split="train") for name in first]
         for dataset in self._datasets:
             dataset.open()  # here, so that workers and evaluations share it
         self._dropout, self._seed, self._items = modality_dropout, seed, items
+        self._deal: TokenDeal | None = None
+        if dealt is not None and dealt.ranks > 1:
+            lengths = [Lengths(dataset, dealt.counts, prepare or {}) for dataset in self._datasets]
+            self._deal = TokenDeal(lengths, even=dealt.even, rank=dealt.rank, ranks=dealt.ranks)
 
     def bags(self) -> list[Bags | None]:
         """For each group what of its items belongs together; None where nothing does."""
@@ -99,24 +107,41 @@ class TrainSamples:
         return found
 
     def __call__(self, draws: Sequence[Draw]) -> list[Sample]:
-        """The samples of `draws`, in order."""
+        """The samples of `draws`, in order; with `dealt` those of one rank."""
         items = [draw.item if self._items is None else int(self._items[draw.task][draw.item]) for draw in draws]
+        if self._deal is not None:
+            share = self._deal.share([self._known(draw, item) for draw, item in zip(draws, items, strict=True)])
+            draws, items = [draws[position] for position in share], [items[position] for position in share]
         samples = [self._datasets[draw.task][item] for draw, item in zip(draws, items, strict=True)]
         for sample, draw in zip(samples, draws, strict=True):
             self._take_away(sample, draw.number)
         return samples
 
+    def _known(self, draw: Draw, item: int) -> tuple[int, int, np.ndarray | None]:
+        """What the deal needs to know of a draw, without reading its sample."""
+        assert self._deal is not None
+        return draw.task, item, self._goes(self._deal.num_modalities(draw.task, item), draw.number)
+
     def _take_away(self, sample: Sample, number: int) -> None:
-        """Each modality goes with the probability of its draw; if all would, one drawn evenly stays."""
-        names, probability = list(sample.modalities), self._dropout.at(number)
-        if len(names) < 2 or not probability:
-            return
+        names = list(sample.modalities)
+        goes = self._goes(len(names), number)
+        if goes is not None:
+            kept = [name for name, gone in zip(names, goes, strict=True) if not gone]
+            sample.modalities = {name: sample.modalities[name] for name in kept}
+
+    def _goes(self, count: int, number: int) -> np.ndarray | None:
+        """Which of a draw's modalities go, each with the probability of the draw; if all would, one drawn evenly stays.
+        None: none goes.
+        """  # fmt: skip
+        probability = self._dropout.at(number)
+        if count < 2 or not probability:
+            return None
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed % 2**63, _DROPOUT, number])))
-        goes = random.random(len(names)) < probability
-        stays = int(random.integers(len(names)))
+        goes = np.asarray(random.random(count) < probability)
+        stays = int(random.integers(count))
         if goes.all():
             goes[stays] = False
-        sample.modalities = {name: sample.modalities[name] for name, gone in zip(names, goes, strict=True) if not gone}
+        return goes
 
 
 class SplitSamples:
@@ -269,9 +294,11 @@ def train_loader(
     total_steps: int | None = None,
     prepare: Prepare | None = None,
     seed: int | None = None,
+    dealt: Dealt | None = None,
 ) -> BatchLoader:
     """Micro-batches of this rank, in order, from step `start_step`, without end.
 
+    dealt: give each rank about as much to compute (its rank and ranks are set here), not as many samples.
     total_steps: steps of the whole run, which the schedule of the modality dropout ends with.
     prepare: modality name -> function that workers run on each value. seed: of the order; `train.seed` by default.
     Raises ConfigError: a batch size that cannot be shared out evenly.
@@ -280,7 +307,11 @@ def train_loader(
     dropout = Dropout.of(config, total_steps=total_steps)
     items = _drawn_items(config, catalogue)
     groups = learning_groups(config, catalogue)
-    read = TrainSamples(catalogue, modality_dropout=dropout, seed=seed, groups=groups, items=items)
+    if dealt is not None:
+        dealt = replace(dealt, rank=rank, ranks=world_size)
+    read = TrainSamples(
+        catalogue, modality_dropout=dropout, seed=seed, groups=groups, items=items, dealt=dealt, prepare=prepare
+    )
     sampler = MixtureSampler(
         drawn_sizes(config, catalogue),
         temperature=config.data.temperature,
@@ -292,6 +323,7 @@ def train_loader(
         start_step=start_step,
         bags=read.bags(),
         labels=_labels(config, catalogue),
+        whole=dealt is not None,
     )
     packer = Packer(catalogue, prepare)
     return BatchLoader(read, packer, sampler, num_workers=config.data.num_workers, prefetch=config.data.prefetch)

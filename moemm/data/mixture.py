@@ -44,6 +44,7 @@ class MixtureSampler:
     bags: for each task the runs that its samples are drawn in; None: one by one.
     labels: of each task (n,), of its samples; a batch then holds draws of one label, but for those in which a label or
     an epoch ends.
+    whole: iterating gives the micro-batches of all ranks, for somebody else to deal out.
     Iterating gives this rank's micro-batches in order, from `start_step`, without end.
     Raises ConfigError: a batch that cannot be shared out evenly, an empty train split.
     """
@@ -61,6 +62,7 @@ class MixtureSampler:
         start_step: int = 0,
         bags: Sequence[Bags | None] | None = None,
         labels: Sequence[np.ndarray] | None = None,
+        whole: bool = False,
     ) -> None:
         shares = world_size * accumulation
         if batch_size < 1 or batch_size % shares:
@@ -75,6 +77,7 @@ class MixtureSampler:
         self.counts = _shares(self.sizes, temperature)
         self.seed, self.batch_size, self._labels = seed, batch_size, labels
         self.rank, self.world_size, self.accumulation, self.start_step = rank, world_size, accumulation, start_step
+        self._whole = whole
         self._bags = list(bags or [None] * len(self.sizes))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
@@ -95,6 +98,12 @@ class MixtureSampler:
         start = step * self.batch_size + position * share
         return self.draws(start, start + share)
 
+    def everyone(self, step: int, micro: int = 0) -> list[Draw]:
+        """Micro-batch `micro` of step `step` of all ranks."""
+        share = self.batch_size // self.accumulation
+        start = step * self.batch_size + micro * share
+        return self.draws(start, start + share)
+
     def draws(self, start: int, stop: int) -> list[Draw]:
         """Draws number `start` to `stop` since the start of training."""
         found = []
@@ -112,7 +121,7 @@ class MixtureSampler:
         step = self.start_step
         while True:
             for micro in range(self.accumulation):
-                yield self.batch(step, micro)
+                yield self.everyone(step, micro) if self._whole else self.batch(step, micro)
             step += 1
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -36,6 +36,7 @@ from moemm.train.guard import GradientGuard
 from moemm.train.harmonizing import ConflictReport, draw_number, gamma, report
 from moemm.train.health import find
 from moemm.train.init import initialise
+from moemm.train.lengths import measured_deal
 from moemm.train.noisy import noisy_shares
 from moemm.train.only import FrozenState, count_trained, freeze
 from moemm.train.routing import balance_advice, few_are_wanted, routing_names
@@ -78,6 +79,8 @@ class Trainer:
         elif start is not None and start.manifest.weights_only:
             load_weights(model, start.folder)
         freeze(model, self.config.train.only)
+        self._prepare = prepare_functions(setup.specs)
+        self._dealt = measured_deal(model, setup, self._prepare, world)  # ZeRO-3 takes the tokenizers' weights away
         self.tasks = tuple(task.name for task in setup.catalogue.tasks)
         self.num_parameters = model.num_parameters()
         self._expert_map = model.map if self.config.model.moe == "sparse" else None
@@ -104,7 +107,6 @@ class Trainer:
             advice=balance_advice(self.config.model.router),
             collapse=not few_are_wanted(self.config.model.router),
         )
-        self._prepare = prepare_functions(setup.specs)
         self._frozen = FrozenState(model, None)  # nothing, until `run` begins: weights may still be read
         # Weights are equal on all ranks; from here on each rank draws its own dropout.
         seed_everything(self.config.train.seed + 7919 * (world.rank + 1), deterministic=self.config.train.deterministic)
@@ -159,6 +161,7 @@ class Trainer:
                 start_step=self.step,
                 total_steps=self.setup.total_steps,
                 prepare=self._prepare,
+                dealt=self._dealt,
             )
             batches = iter(loader)
         self.engine.model.train()

@@ -21,7 +21,7 @@ from moemm.checkpoint.store import full_weights
 from moemm.data.dataset import SplitDataset
 from moemm.data.pack import Packer
 from moemm.data.sample import PackedBatch
-from moemm.distributed import World, broadcast_object, connect
+from moemm.distributed import World, broadcast_object, connect, gather_objects
 from moemm.errors import CheckpointError, HealthError
 from moemm.observe.records import Metrics
 from moemm.testing.tiny import tiny_config
@@ -105,10 +105,27 @@ def parity(folder: str, stages: list[int]) -> dict[str, Any]:
             with pytest.MonkeyPatch.context() as patch:
                 if case == "apart":
                     deal(patch, Apart)
+                elif case == "mixed":
+                    found["samples"] = counted(patch, trainer)
                 trainer.run()
             found[f"{case} {stage}"] = recorder.losses
             done(trainer)
-    return found
+    held = gather_objects(found["samples"])
+    return {**found, "samples": [list(step) for step in zip(*held, strict=True)]}
+
+
+def counted(patch: pytest.MonkeyPatch, trainer: Trainer) -> list[int]:
+    """Filled with the number of samples of each batch of this rank."""
+    sizes: list[int] = []
+    following = trainer._next
+
+    def count(batches: Any) -> PackedBatch:
+        batch = following(batches)
+        sizes.append(batch.num_samples)
+        return batch
+
+    patch.setattr(trainer, "_next", count)
+    return sizes
 
 
 class Lacking(Apart):

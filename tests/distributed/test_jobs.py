@@ -73,6 +73,12 @@ def test_two_ranks_with_half_the_batch_give_the_losses_of_one(
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
 
 
+def test_the_ranks_of_that_run_hold_different_numbers_of_samples(losses: dict[str, np.ndarray]) -> None:
+    alone, both = losses["one samples"].tolist(), losses["two samples"].tolist()
+    assert [sum(step) for step in both] == [step[0] for step in alone] == [8] * 6
+    assert any(first != second for first, second in both)
+
+
 @pytest.fixture(scope="module")
 def lacking(folder: Path) -> dict[str, np.ndarray]:
     alone = job("absent", ranks=1, folder=str(folder), stages=[0], kinds=["bank", "predict"])[0]
