@@ -60,9 +60,9 @@ def place() -> Place:
     return _place
 
 
-def listen(listener: Listener) -> None:
-    """Call `listener` at each point from now on, in the order in which they were given."""
-    _listeners.append(listener)
+def listen(listener: Listener, *, first: bool = False) -> None:
+    """Call `listener` at each point from now on, behind those that listen already, or before them."""
+    _listeners.insert(0 if first else len(_listeners), listener)
 
 
 def unlisten(listener: Listener) -> None:

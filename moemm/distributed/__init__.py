@@ -5,12 +5,15 @@ from moemm.distributed.collectives import (
     broadcast_object,
     gather_objects,
     gather_rows,
+    last_collective,
     max_over_ranks,
+    note_collective,
     num_ranks,
     on_main,
     sum_over_ranks,
 )
 from moemm.distributed.environment import World, connect, disconnect, prepare_environment
+from moemm.distributed.places import on_board
 from moemm.distributed.threads import choose_cpu_threads
 
 __all__ = [
@@ -22,8 +25,11 @@ __all__ = [
     "disconnect",
     "gather_objects",
     "gather_rows",
+    "last_collective",
     "max_over_ranks",
+    "note_collective",
     "num_ranks",
+    "on_board",
     "on_main",
     "prepare_environment",
     "sum_over_ranks",

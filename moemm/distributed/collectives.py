@@ -11,6 +11,18 @@ import torch.distributed as dist
 from moemm.errors import MoemmError
 
 T = TypeVar("T")
+_last, _count = "", 0
+
+
+def note_collective(name: str) -> None:
+    """Remember that a collective begins here."""
+    global _last, _count
+    _last, _count = name, _count + 1
+
+
+def last_collective() -> str:
+    """The last collective that this process began, and the how many-eth it was; empty where there was none."""
+    return f"{_last} (number {_count})" if _count else ""
 
 
 def _alone() -> bool:
@@ -30,6 +42,7 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     detached = tensor.detach()
     if _alone():
         return detached
+    note_collective("sum_over_ranks")
     total = detached.to(torch.float64, copy=True)
     dist.all_reduce(total)
     return total.to(tensor.dtype)
@@ -39,6 +52,7 @@ def max_over_ranks(values: list[int]) -> list[int]:
     """Largest of each of the integers (int64) over all ranks, in one message."""
     if _alone():
         return list(values)
+    note_collective("max_over_ranks")
     largest = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return [int(value) for value in largest.tolist()]
@@ -57,6 +71,7 @@ def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     own = rows.detach().contiguous()
     if _alone():
         return own, 0
+    note_collective("gather_rows")
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([own.shape[0]]))
     sizes = [int(count) for count in counts]
@@ -71,6 +86,7 @@ def broadcast_object(value: T) -> T:
     """Rank 0's `value` on every rank. It travels as a pickle between the processes of one job only."""
     if _alone():
         return value
+    note_collective("broadcast_object")
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
@@ -80,6 +96,7 @@ def gather_objects(value: T) -> list[T]:
     """The `value` of every rank, by rank, on every rank."""
     if _alone():
         return [value]
+    note_collective("gather_objects")
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -146,9 +146,17 @@ def connect(*, timeout_s: float) -> World:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        _bound_groups(timeout_s)
         _init_process_group(rank, size, timeout_s, device)
         atexit.register(disconnect)
     return World(rank, local_rank, size, device)
+
+
+def _bound_groups(timeout_s: float) -> None:
+    # DeepSpeed makes groups of its own without saying how long to wait: a rank that hangs there would hang all others
+    # for torch's default of 30 minutes. new_group looks these names up when it is called.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timedelta(seconds=timeout_s))
 
 
 def _init_process_group(rank: int, size: int, timeout_s: float, device: torch.device) -> None:

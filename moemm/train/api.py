@@ -20,7 +20,7 @@ from moemm.config import Config, LoadedConfig
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
 from moemm.data.shared import held_open
-from moemm.distributed import World, choose_cpu_threads, connect, on_main
+from moemm.distributed import World, choose_cpu_threads, connect, on_board, on_main
 from moemm.errors import CheckpointError
 from moemm.modalities import ModalitySpec
 from moemm.observe.heartbeat import FILE_NAME as HEARTBEAT
@@ -69,7 +69,7 @@ def train(
     on_main(lambda: check_sinks(loaded.config.observe))
     with held_open():
         setup, going_on = prepare(loaded, resume=resume)
-        with stop_requests() as stop:
+        with stop_requests() as stop, on_board(setup.folder, world):
             return _train(setup, world, stop, going_on=going_on, wanted=resume, extra=extra_callbacks or [])
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from moemm.config import deepspeed_section
 from moemm.config.schema import Config
-from moemm.distributed import World, prepare_environment
+from moemm.distributed import World, note_collective, prepare_environment
 from moemm.train.lean import compile_when_called, mark_uncompiled, without_compiler
 
 
@@ -114,6 +114,7 @@ class Engine:
 
     def accumulate(self, loss: torch.Tensor, *, last: bool, retain_graph: bool = False) -> None:
         """`backward` with the end of an accumulation said by `last`, so that a step may have several of them."""
+        note_collective("DeepSpeed's reduction of gradients")
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss, retain_graph=retain_graph)
 
@@ -189,6 +190,7 @@ class Engine:
             self.grad_norm = self._norm_of_whole_gradients()
             if not math.isfinite(self.grad_norm):
                 return
+        note_collective("DeepSpeed's step")
         skipped = self.deepspeed.skipped_steps
         self.deepspeed.step()
         if boundary and self.zero_stage > 0:
