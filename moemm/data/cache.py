@@ -28,6 +28,7 @@ class ArrayCache:
         self._free = cache_bytes
         self._chunk_free = chunk_bytes
         self._whole: dict[str, np.ndarray] = {}
+        self._broken: set[str] = set()
         self._chunks: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
     def close(self) -> None:
@@ -47,11 +48,20 @@ class ArrayCache:
             raise DataError(f"{storage.file} is closed; open it again with moemm.data.DataFile")
         whole = self._whole.get(storage.name)
         if whole is None and self._keeps(storage):
-            whole = self._read(storage, 0, storage.shape[0], keep=False)
-            whole.flags.writeable = False
-            self._whole[storage.name] = whole
-            self._free -= storage.num_bytes
+            whole = self._decode(storage)
         return self._read(storage, start, stop, keep=True) if whole is None else whole[start:stop]
+
+    def _decode(self, storage: Storage) -> np.ndarray | None:
+        """The whole array, to be kept; None where some of it is broken: its other rows can be read yet."""
+        try:
+            whole = self._read(storage, 0, storage.shape[0], keep=False)
+        except DataError:
+            self._broken.add(storage.name)
+            return None
+        whole.flags.writeable = False
+        self._whole[storage.name] = whole
+        self._free -= storage.num_bytes
+        return whole
 
     def scan(self, storage: Storage) -> None:
         """Decodes every chunk and keeps none. DataError: broken bytes."""
@@ -60,7 +70,7 @@ class ArrayCache:
 
     def _keeps(self, storage: Storage) -> bool:
         grows = storage.num_bytes > CACHE_RATIO * max(storage.stored_bytes, 4096)
-        return storage.num_bytes <= self._free and not grows
+        return storage.num_bytes <= self._free and not grows and storage.name not in self._broken
 
     def _read(self, storage: Storage, start: int, stop: int, *, keep: bool) -> np.ndarray:
         out = np.empty((stop - start, *storage.shape[1:]), storage.dtype.newbyteorder("="))

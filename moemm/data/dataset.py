@@ -10,9 +10,10 @@ import numpy as np
 from moemm.data.catalogue import SPLITS, Catalogue, TaskInfo
 from moemm.data.file import DataFile
 from moemm.data.limits import refusal
-from moemm.data.sample import Sample
+from moemm.data.quarantine import BadSampleError, check
+from moemm.data.sample import Sample, Value
 from moemm.data.shared import find_task, numbered, open_shared
-from moemm.errors import ConfigError
+from moemm.errors import ConfigError, DataError
 
 
 class SplitDataset:
@@ -42,11 +43,22 @@ class SplitDataset:
 
     def __getitem__(self, item: int) -> Sample:
         index = int(self.indices[item])
-        values = ((run, self.file.read(name, index)) for run, name in self._names)
+        values = ((run, self._read(name, index)) for run, name in self._names)
         modalities = {run: value for run, value in values if value is not None}
         others = {task.name: self._target(task, index) for task in self._others}
         bag = None if self.bags is None else numbered(self._source, int(self.bags[item]))
         return Sample(self.task.name, index, modalities, self._target(self.task, index), others, bag)
+
+    def _read(self, name: str, index: int) -> Value | None:
+        try:
+            return self.file.read(name, index)
+        except DataError as error:
+            key = f"/modalities/{name}"
+            raise BadSampleError(str(error), file=self.task.file, key=key, index=index) from error
+
+    def sound(self, item: int) -> Sample:
+        """Sample `item`. Raises BadSampleError where it is broken, or has values that training cannot use."""
+        return check(self[item], self.task.file, dict(self._names).__getitem__)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}

@@ -257,10 +257,21 @@ class DataFile:
         filled = np.zeros(len(self), bool)
         rows = max(1, _BLOCK_BYTES // max(num.row_bytes + cat.row_bytes, 1))
         for start in range(0, len(self), rows):
-            stop = min(start + rows, len(self))
-            known = ~np.isnan(self._cache.rows(num, start, stop))
-            filled[start:stop] = known.any(axis=1) | self._cache.rows(cat, start, stop).any(axis=1)
+            self._fill(filled, modality, start, min(start + rows, len(self)))
         return filled
+
+    def _fill(self, filled: np.ndarray, modality: StoredModality, start: int, stop: int) -> None:
+        """Of the rows `start` to `stop`. A broken row is there: whoever reads it is told that it is broken."""
+        try:
+            num, cat = (self._cache.rows(modality.parts[part], start, stop) for part in ("num", "cat"))
+            filled[start:stop] = (~np.isnan(num)).any(axis=1) | cat.any(axis=1)
+        except DataError:
+            if stop - start == 1:
+                filled[start] = True
+                return
+            middle = (start + stop) // 2
+            self._fill(filled, modality, start, middle)
+            self._fill(filled, modality, middle, stop)
 
     def _info(self) -> FileInfo:
         attributes = self._layout.attributes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from moemm.data.limits import MIB
+from moemm.data.quarantine import Bad
 from moemm.data.sample import PackedBatch
 
 _ALIGNMENT = 64
@@ -23,13 +25,15 @@ class FlatBatch:
 
     batch: PackedBatch
     buffer: np.ndarray | torch.Tensor
+    bad: tuple[Bad, ...] = ()
+    """Samples that were put aside while it was made."""
 
     def pin_memory(self) -> FlatBatch:
         """The same batch with its buffer in pinned memory (called by the DataLoader)."""
-        return FlatBatch(self.batch, torch.as_tensor(self.buffer).pin_memory())
+        return FlatBatch(self.batch, torch.as_tensor(self.buffer).pin_memory(), self.bad)
 
 
-def flatten(batch: PackedBatch) -> FlatBatch:
+def flatten(batch: PackedBatch, bad: Sequence[Bad] = ()) -> FlatBatch:
     """`batch` with all its tensors copied into one buffer."""
     pieces: list[tuple[int, np.ndarray]] = []
     end = 0
@@ -45,7 +49,7 @@ def flatten(batch: PackedBatch) -> FlatBatch:
     buffer = np.zeros(end, np.uint8)
     for start, data in pieces:
         buffer[start : start + data.size] = data
-    return FlatBatch(places, buffer if end <= _THROUGH_PIPE else torch.from_numpy(buffer))
+    return FlatBatch(places, buffer if end <= _THROUGH_PIPE else torch.from_numpy(buffer), tuple(bad))
 
 
 def unflatten(flat: FlatBatch) -> PackedBatch:

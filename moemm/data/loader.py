@@ -27,6 +27,7 @@ from moemm.data.flat import FlatBatch, flatten, unflatten
 from moemm.data.labels import labelled_items
 from moemm.data.mixture import Bags, Draw, MixtureSampler
 from moemm.data.pack import Packer
+from moemm.data.quarantine import Bad, first_sound
 from moemm.data.sample import PackedBatch, Prepare, Sample
 from moemm.data.within import read_within
 from moemm.errors import ConfigError, DataError, MoemmError
@@ -69,7 +70,8 @@ class Dropout:
 class TrainSamples:
     """Draws -> samples of the train splits, some modalities taken away. Keyed by draw, not by worker.
 
-    Draws count the groups of tasks that share their samples as one task each.
+    Draws count the groups of tasks that share their samples as one task each. Another sample stands in for a broken one
+    (data/quarantine.py); `take_bad` tells which.
     groups: those that are drawn from; all when not given. items: for each of them the items of its train split that are
     drawn from; all when not given. dealt: of the draws of all ranks, give only the samples that one of them gets;
     prepare: what it needs for the lengths of texts.
@@ -91,6 +93,7 @@ class TrainSamples:
         for dataset in self._datasets:
             dataset.open()  # here, so that workers and evaluations share it
         self._dropout, self._seed, self._items = modality_dropout, seed, items
+        self._bad: list[Bad] = []
         self._deal: TokenDeal | None = None
         if dealt is not None and dealt.ranks > 1:
             lengths = [Lengths(dataset, dealt.counts, prepare or {}) for dataset in self._datasets]
@@ -108,19 +111,33 @@ class TrainSamples:
 
     def __call__(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of `draws`, in order; with `dealt` those of one rank."""
-        items = [draw.item if self._items is None else int(self._items[draw.task][draw.item]) for draw in draws]
         if self._deal is not None:
-            share = self._deal.share([self._known(draw, item) for draw, item in zip(draws, items, strict=True)])
-            draws, items = [draws[position] for position in share], [items[position] for position in share]
-        samples = [self._datasets[draw.task][item] for draw, item in zip(draws, items, strict=True)]
+            draws = [draws[position] for position in self._deal.share([self._known(draw) for draw in draws])]
+        samples = [self._read(draw) for draw in draws]
         for sample, draw in zip(samples, draws, strict=True):
             self._take_away(sample, draw.number)
         return samples
 
-    def _known(self, draw: Draw, item: int) -> tuple[int, int, np.ndarray | None]:
+    def _known(self, draw: Draw) -> tuple[int, int, np.ndarray | None]:
         """What the deal needs to know of a draw, without reading its sample."""
         assert self._deal is not None
+        item = draw.item if self._items is None else int(self._items[draw.task][draw.item])
         return draw.task, item, self._goes(self._deal.num_modalities(draw.task, item), draw.number)
+
+    def _read(self, draw: Draw) -> Sample:
+        dataset, items = self._datasets[draw.task], None if self._items is None else self._items[draw.task]
+
+        def read(number: int) -> Sample:
+            return dataset.sound(number if items is None else int(items[number]))
+
+        sample, bad = first_sound(read, draw.item, len(dataset) if items is None else len(items))
+        self._bad += bad
+        return sample
+
+    def take_bad(self) -> list[Bad]:
+        """The samples that were put aside since the last call."""
+        bad, self._bad = self._bad, []
+        return bad
 
     def _take_away(self, sample: Sample, number: int) -> None:
         names = list(sample.modalities)
@@ -166,6 +183,8 @@ class BatchLoader:
     ) -> None:
         self.num_skipped = skipped
         """Samples that are left out because they have nothing left."""
+        self.bad: list[Bad] = []
+        """Broken samples of the batches so far that others stand in for; whoever reads them may clear them."""
         context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else None)
         self._loader: DataLoader[FlatBatch | _Failure] = DataLoader(
             _Batches(read, packer),
@@ -206,6 +225,7 @@ class BatchLoader:
         if isinstance(flat, _Failure):
             self.close()
             raise flat.kind(flat.message)
+        self.bad += flat.bad
         return unflatten(flat)
 
     def __enter__(self) -> BatchLoader:
@@ -234,9 +254,10 @@ class _Batches(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, key: Any) -> FlatBatch | _Failure:
         try:
-            return flatten(self._packer(self._read(key)))
+            samples = self._read(key)
+            return flatten(self._packer(samples), getattr(self._read, "take_bad", tuple)())
         except MoemmError as error:
-            return _Failure(type(error), str(error))
+            return _Failure(DataError if isinstance(error, DataError) else type(error), str(error))
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -20,18 +20,20 @@ from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
 from moemm.data.dataset import SplitDataset
 from moemm.data.loader import drawn_sizes
+from moemm.data.quarantine import flaw
 from moemm.data.sample import Value
 from moemm.distributed import broadcast_object, gather_objects, on_main
-from moemm.errors import CheckpointError, ConfigError, MoemmError
+from moemm.errors import CheckpointError, ConfigError, DataError, MoemmError
 from moemm.modalities import ModalitySpec, fit_modalities, specs_from_dict, specs_to_dict
 from moemm.models import Model, build_model
 from moemm.objectives import build_pretext
 from moemm.train.harmonizing import build_fork, build_scale, build_settler
 from moemm.train.init import reuse_specs
+from moemm.train.quarantine import SHARE
 
 CONFIG, MODALITIES, CATALOGUE, SUMMARY = "config.yaml", "modalities.json", "catalogue.json", "summary.json"
 CHECKPOINTS = "checkpoints"
-_STALE = (SUMMARY, "metrics.jsonl")
+_STALE = (SUMMARY, "metrics.jsonl", "quarantine.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ def _fit(config: Config, catalogue: Catalogue) -> dict[str, ModalitySpec]:
 
 
 def train_values(catalogue: Catalogue, modality: str) -> Iterator[Value]:
-    """Every value of a modality in the train splits; a file that several tasks share counts once."""
+    """Every sound value of a modality in the train splits; a file that several tasks share counts once."""
     seen = set()
     for task in catalogue.tasks:
         if modality not in task.modalities or (task.file, modality) in seen:
@@ -162,10 +164,22 @@ def train_values(catalogue: Catalogue, modality: str) -> Iterator[Value]:
         seen.add((task.file, modality))
         dataset = SplitDataset(catalogue, task=task.name, split="train")
         stored = (task.stored or task.modalities)[task.modalities.index(modality)]
-        for index in dataset.indices.tolist():  # not sample by sample: targets and other modalities cost time
+        yield from _sound_values(dataset, stored)
+
+
+def _sound_values(dataset: SplitDataset, stored: str) -> Iterator[Value]:
+    """Without those of broken samples, which training puts aside. DataError: they are more than it would bear."""
+    broken = 0
+    for index in dataset.indices.tolist():  # not sample by sample: targets and other modalities cost time
+        value: Value | None = None
+        try:
             value = dataset.file.read(stored, index)
-            if value is not None:
-                yield value
+        except DataError:
+            broken += 1
+            if broken > max(1, SHARE * len(dataset)):
+                raise
+        if value is not None and flaw(value) is None:
+            yield value
 
 
 def store_run(loaded: LoadedConfig, folder: Path, catalogue: Catalogue, specs: Mapping[str, ModalitySpec]) -> None:

@@ -17,7 +17,8 @@ from moemm.checkpoint import Found, Manifest, commit, random_state
 from moemm.checkpoint.manifest import versions
 from moemm.checkpoint.store import load_weights, read_rank, read_weights, write_rank
 from moemm.config import config_hash, to_dict
-from moemm.data.loader import learning_groups, train_loader
+from moemm.data.loader import drawn_sizes, learning_groups, train_loader
+from moemm.data.quarantine import Bad
 from moemm.data.sample import PackedBatch
 from moemm.distributed import World, gather_objects
 from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
@@ -39,6 +40,7 @@ from moemm.train.init import initialise
 from moemm.train.lengths import measured_deal
 from moemm.train.noisy import noisy_shares
 from moemm.train.only import FrozenState, count_trained, freeze
+from moemm.train.quarantine import Quarantine
 from moemm.train.routing import balance_advice, few_are_wanted, routing_names
 from moemm.train.schedule import learning_rate
 from moemm.train.setup import Setup, seeded_model
@@ -100,6 +102,10 @@ class Trainer:
         )  # fmt: skip
         self._window = Window(setup.catalogue.tasks, self.config, world)
         self._pending: list[Callable[[], None]] = []
+        self._bad: list[Bad] = []
+        self._bad_anywhere = 0
+        samples = sum(drawn_sizes(self.config, setup.catalogue))
+        self._quarantine = Quarantine(setup.folder, world, samples=samples)
         self._mender = Mender(setup.catalogue, most=self.config.train.health.max_faulty, device=world.device)
         self._routing = routing_names(model.trunk)
         self._alarm = RoutingAlarm(
@@ -164,6 +170,7 @@ class Trainer:
                 dealt=self._dealt,
             )
             batches = iter(loader)
+        self._bad = getattr(loader, "bad", self._bad)
         self.engine.model.train()
         self._frozen = FrozenState(self.engine.model, self.config.train.only)
         try:
@@ -226,11 +233,20 @@ class Trainer:
         self._frozen.restore()
         if outcome is not None:
             self._tell_outcome(outcome)
+        if self._bad_anywhere:
+            self._put_aside()
 
     def _next(self, batches: Any) -> PackedBatch:
         point("data", step=self.step + 1)
         batch: PackedBatch = next(batches)
         return batch
+
+    def _put_aside(self) -> None:
+        bad = list(self._bad)
+        self._bad.clear()
+        text = self._quarantine.add(bad, step=self.step)
+        if text:
+            self.tell(text)
 
     def _attempt(self, batches: Batches) -> None:
         """Everything up to the optimizer's step; raises FaultyStepError on all ranks where it must not be applied."""
@@ -293,7 +309,8 @@ class Trainer:
         """The ranks agree that they are about to pass backward from the same `chosen`, and that all is finite."""
         broken = loss.broken(self.tasks)
         point("backward")
-        alarm, self._asked = self._guard.before_backward(chosen, flags=[int(bool(broken)), self._stop.number])
+        flags = [int(bool(broken)), self._stop.number, len(self._bad)]
+        alarm, self._asked, self._bad_anywhere = self._guard.before_backward(chosen, flags=flags)
         if alarm:
             findings = gather_objects(find(broken, self.setup.catalogue.tasks, output, batch))
             raise FaultyStepError("loss", f"The loss of step {self.step + 1} is not finite", findings)

@@ -130,7 +130,7 @@ def test_the_global_random_state_stays(catalogue: Catalogue) -> None:
 def test_a_broken_sample_arrives_as_its_own_message(make_file: Any, tmp_path: Path, num_workers: int) -> None:
     path = make_file()
     with h5py.File(path, "r+") as file:
-        file["modalities/record/cat"][:12] = 9
+        file["modalities/record/cat"][:] = 9
     catalogue = build_catalogue(config().data, base=tmp_path)
     with pytest.raises(DataError) as error:
         take(catalogue, 2, settings=config(num_workers=num_workers))
