@@ -425,6 +425,9 @@ class HealthConfig:
     max_faulty: Count = 10
     """Steps in a row whose loss or gradient is not finite that end training; up to then the modality or task that
     breaks a step is left out of it. 1 ends it at the first."""
+    spike: NonNegative = 0.0
+    """Leave a step out whose loss is more than this many deviations above the median of the last 128, by the median of
+    their distances to it; 0 leaves none out. It counts as a faulty step. 8 is cautious."""
 
 
 @dataclass(kw_only=True)

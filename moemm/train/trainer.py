@@ -20,7 +20,7 @@ from moemm.config import config_hash, to_dict
 from moemm.data.loader import drawn_sizes, learning_groups, train_loader
 from moemm.data.quarantine import Bad
 from moemm.data.sample import PackedBatch
-from moemm.distributed import World, gather_objects
+from moemm.distributed import World, gather_objects, sum_over_ranks
 from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
 from moemm.harmonize import Settler
 from moemm.modalities import prepare_functions
@@ -45,6 +45,7 @@ from moemm.train.routing import balance_advice, few_are_wanted, routing_names
 from moemm.train.schedule import learning_rate
 from moemm.train.setup import Setup, seeded_model
 from moemm.train.signals import StopRequest
+from moemm.train.spikes import Spikes
 from moemm.train.step import MicroLoss, Objective, Window
 from moemm.train.trunk import TrunkGradients
 
@@ -102,6 +103,9 @@ class Trainer:
         )  # fmt: skip
         self._window = Window(setup.catalogue.tasks, self.config, world)
         self._pending: list[Callable[[], None]] = []
+        self._micro_losses: list[torch.Tensor] = []
+        spike = self.config.train.health.spike
+        self._spikes = Spikes(spike) if spike else None
         self._bad: list[Bad] = []
         self._bad_anywhere = 0
         samples = sum(drawn_sizes(self.config, setup.catalogue))
@@ -223,6 +227,7 @@ class Trainer:
         for count in self._pending:
             count()
         self._pending.clear()
+        self._micro_losses.clear()
         self._balance.step()
         self.stopped_by = self._asked
         if self._scale is not None:
@@ -253,6 +258,7 @@ class Trainer:
         lr, last = self._learning_rate(), self._accumulation - 1
         if self._settler is not None:
             self._settle(self._settler, [batches[micro].to(self.world.device) for micro in range(last + 1)])
+            self._refuse_spike()
             point("step")
             self.engine.step(lr=lr)
         else:
@@ -263,6 +269,8 @@ class Trainer:
                 output, loss = self._forward(batch, again=False)
                 self._agree(loss.backward, loss, output, batch)
                 self.engine.accumulate(loss.backward, last=micro == last)
+                if micro == last:
+                    self._refuse_spike()
                 point("step")
                 self.engine.step(lr=lr)
         self._norm = self.engine.grad_norm
@@ -272,12 +280,24 @@ class Trainer:
     def _undo(self) -> None:
         """Forget a failed attempt at a step."""
         self._pending.clear()
+        self._micro_losses.clear()
         self.engine.discard()
         if self._scale is not None:
             self._scale.forget()
 
     def _refuse_gradient(self, norm: float) -> None:
         raise FaultyStepError("gradient", f"The gradient of step {self.step + 1} has the norm {norm}")
+
+    def _refuse_spike(self) -> None:
+        if self._spikes is None:
+            return
+        spikes, total = self._spikes, torch.stack(self._micro_losses).double().sum().reshape(1)
+        loss = float(sum_over_ranks(total)) / (len(self._micro_losses) * self.world.size)
+        excess = spikes.excess(loss)
+        if excess is not None:
+            text = f"The loss of step {self.step + 1} is {loss:.4g}, {excess:.1f} deviations above the median"
+            raise FaultyStepError("spike", f"{text} (train.health.spike)")
+        self._pending.append(lambda: spikes.add(loss))
 
     def _tell_outcome(self, outcome: Outcome) -> None:
         self.tell(outcome.message)
@@ -304,6 +324,7 @@ class Trainer:
             self._balance.add(output.router)
 
         self._pending.append(count)
+        self._micro_losses.append(loss.backward.detach())
 
     def _agree(self, chosen: torch.Tensor, loss: MicroLoss, output: ModelOutput, batch: PackedBatch) -> None:
         """The ranks agree that they are about to pass backward from the same `chosen`, and that all is finite."""

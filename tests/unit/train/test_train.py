@@ -352,6 +352,31 @@ def test_a_step_that_nothing_mends_is_left_out_and_several_end_it(
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
+def test_a_spike_is_left_out_before_it_is_applied(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moemm.train.spikes.LEAST", 3)
+
+    class Overconfident(Callback):
+        def on_start(self, info: Any) -> None:
+            self.before: list[torch.Tensor] = []
+
+        def on_step(self, trainer: Trainer, *, stopping: bool) -> None:
+            now = [p.detach().clone() for p in trainer.engine.model.parameters()]
+            if trainer.step == 1:
+
+                def hook(module: Any, inputs: Any, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+                    return {name: 1e3 * one for name, one in outputs.items()} if trainer.step == 5 else outputs
+
+                trainer.engine.model.heads.register_forward_hook(hook)
+            if trainer.step == 6:
+                assert all(torch.equal(a, b) for a, b in zip(self.before, now, strict=True))
+            self.before = now
+
+    train(config(train={"steps": 8, "health": {"spike": 50.0}}), extra_callbacks=[Overconfident()])
+    (event,) = lines(tmp_path / "run", "left_out")
+    assert (event["step"], event["what"], event["left_out"]) == (6, "spike", None)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 7, 8]
+
+
 def test_experts_in_plain_torch_train_to_the_same_loss(config: Any, tmp_path: Path) -> None:
     losses = {}
     for backend in ("auto", "torch"):
