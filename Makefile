@@ -51,8 +51,12 @@ results: setup  ## all measured figures as one table, misses first
 cuda-check:  ## compile the CUDA ops for sm_80 and sm_90, link, import; no GPU needed, some minutes, 6 GB
 	@$(PYTHON) tools/cuda_check.py
 
-soak: setup  ## the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer; some minutes
-	@$(BIN)/python -m benchmarks.soak
+soak: setup  ## what takes long: sanitizers, every case of the fault table, tests marked soak; some hours
+	@status=0; \
+	$(BIN)/python -m benchmarks.soak || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults || status=1; \
+	MOEMM_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m soak || status=1; \
+	exit $$status
 
 format: setup  ## let ruff format the Python files
 	@$(BIN)/ruff format .

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from moemm.testing.forked import ForkedResult, Nursery
 from moemm.testing.tiny import tiny_config
 
 PHASES = ("data", "forward", "dispatch", "backward", "harmonize", "step", "log")
+DIE = "death of a rank: SIGKILL, SIGSTOP, exit(0), exception, segfault"
+KILL_IN_PHASE = "kill -9 of a rank in data, forward, dispatch, backward, harmonize, step, log"
 KILLED = list(itertools.product(PHASES, (0, 1)))
 """Row 3: phase x victim."""
 DEATHS = list(itertools.product(("kill", "stop", "exit0", "raise", "segfault"), ("forward", "step", "save.file")))
@@ -49,12 +52,12 @@ def kill_in_phase(nursery: Nursery, folder: Path, count: int) -> Outcome:
         found = nursery.moemm(["train", str(config)], environ={"MOEMM_FAULT": fault}, timeout_s=120)
         wrong += _judge(fault, found, victim, phase)
         shutil.rmtree(config.parent)
-    return Outcome("kill -9 of a rank in data, forward, dispatch, backward, harmonize, step, log", len(cases), wrong)
+    return Outcome(KILL_IN_PHASE, len(cases), wrong)
 
 
-def die(nursery: Nursery, folder: Path, count: int) -> Outcome:
+def die(nursery: Nursery, folder: Path, count: int, *, of: Sequence[tuple[str, str]] = DEATHS) -> Outcome:
     """Row 9: the job ends within its timeout + 30 s and names the rank."""
-    cases = spread(DEATHS, count)
+    cases = spread(of, count)
     wrong = []
     for number, (kind, phase) in enumerate(cases):
         victim = number % 2
@@ -63,7 +66,7 @@ def die(nursery: Nursery, folder: Path, count: int) -> Outcome:
         found = nursery.moemm(["train", str(config)], environ={"MOEMM_FAULT": fault}, timeout_s=120)
         wrong += _judge(fault, found, victim, phase)
         shutil.rmtree(config.parent)
-    return Outcome("death of a rank: SIGKILL, SIGSTOP, exit(0), exception, segfault", len(cases), wrong)
+    return Outcome(DIE, len(cases), wrong)
 
 
 def _judge(fault: str, found: list[ForkedResult], victim: int, phase: str) -> list[str]:

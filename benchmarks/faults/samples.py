@@ -166,6 +166,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, int], None]]] = {
     "note: a wrong checksum": ("note", _value("note/crc32", 12345)),
 }  # fmt: skip
 """Name -> the modality that is broken, and what breaks it. Texts have no chunk of their own."""
+CORRUPT = "corrupt samples"
 CASES = list(itertools.product(KINDS, POSITIONS))
 
 
@@ -214,4 +215,4 @@ def run(folder: Path, count: int) -> Outcome:
         text = judge(folder, kind, position)
         if text:
             wrong.append(f"{kind} at {position}: {text}")
-    return Outcome("corrupt samples", len(cases), wrong)
+    return Outcome(CORRUPT, len(cases), wrong)

@@ -4,7 +4,8 @@
     with armed("enospc:save.file@rank=1,times=3"): ...
 
 Several are separated by `;`. After `@`: `step` (1-based; in a save the steps done), `rank`, `nth` (the how many-eth
-pass that fits the step and the rank; 1), `times` (how many passes from then on; 1), `seconds` (of sleep; 3600).
+pass that fits the step and the rank; 1), `times` (how many passes from then on; 1), `seconds` (of sleep, and until
+kill_later; 3600).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,8 +54,15 @@ def _crash(fault: Fault) -> None:
     ctypes.string_at(0)
 
 
+def _kill_later(fault: Fault) -> None:
+    timer = threading.Timer(fault.seconds, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+
+
 KINDS: dict[str, Callable[[Fault], None]] = {
     "kill": _signal(signal.SIGKILL),
+    "kill_later": _kill_later,
     "stop": _signal(signal.SIGSTOP),
     "term": _signal(signal.SIGTERM),
     "int": _signal(signal.SIGINT),
@@ -65,8 +74,8 @@ KINDS: dict[str, Callable[[Fault], None]] = {
     "erofs": _system(errno.EROFS),
     "sleep": lambda fault: time.sleep(fault.seconds),
 }
-"""What may happen at a point: signals to this process, an end with code 0, an exception, a crash, a disk that is full
-or read-only, a long wait."""
+"""What may happen at a point: signals to this process (kill_later: SIGKILL after some seconds), an end with code 0, an
+exception, a crash, a disk that is full or read-only, a long wait."""
 _OPTIONS = ("step", "rank", "nth", "times", "seconds")
 
 

@@ -68,7 +68,7 @@ def test_several_faults_at_once() -> None:
     ("text", "said"),
     [
         ("kill:save.renam", r"no point 'save.renam'; did you mean save.rename\?[\s\S]*points: start, data, forward"),
-        ("kil:data", r"no kind 'kil'; did you mean kill\?[\s\S]*kinds: kill, stop, term"),
+        ("kil:data", r"no kind 'kil'; did you mean kill\?[\s\S]*kinds: kill, kill_later, stop"),
         ("data", "no kind 'data'"),
         ("kill:", "no point ''"),
         ("kill:data@step=x", "cannot read 'step=x'"),

@@ -17,11 +17,11 @@ from moemm.testing.forked import Nursery
 
 
 def test_a_rank_that_is_killed_is_named_with_its_phase(nursery: Nursery, tmp_path: Path) -> None:
-    assert ranks.kill_in_phase(nursery, tmp_path, 2).wrong == []
+    assert ranks.kill_in_phase(nursery, tmp_path, 1).wrong == []
 
 
 def test_a_rank_that_dies_or_hangs_ends_the_job_in_time(nursery: Nursery, tmp_path: Path) -> None:
-    assert ranks.die(nursery, tmp_path, 2).wrong == []
+    assert ranks.die(nursery, tmp_path, 1, of=[("stop", "step")]).wrong == []
 
 
 @pytest.fixture
