@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -50,9 +51,11 @@ _listeners: list[Listener] = []
 def point(name: str, *, step: int | None = None) -> None:
     """Pass the point `name`, one of POINTS. step: from here on (1-based); the last one that was given, if not given."""
     global _place
-    _place = Place(name, _place.step if step is None else step, time.monotonic(), _place.number + 1)
+    here = Place(name, _place.step if step is None else step, time.monotonic(), _place.number + 1)
+    if threading.current_thread() is threading.main_thread():  # a save in the background is not where a rank is
+        _place = here
     for listener in _listeners:
-        listener(_place)
+        listener(here)
 
 
 def place() -> Place:

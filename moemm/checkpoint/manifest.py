@@ -17,10 +17,9 @@ from typing import Any
 from moemm.checkpoint.files import sha256_file, write_text_atomic
 from moemm.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "manifest.json"
-ENGINE = "engine"
-"""Folder of what DeepSpeed writes."""
+_OPTIMIZER = "optimizer_"
 _SEAL = "sha256"
 _PACKAGES = ("moemm", "torch", "deepspeed", "numpy")
 
@@ -47,7 +46,7 @@ class Manifest:
     @property
     def weights_only(self) -> bool:
         """Whether it has no state of an optimizer: any number of ranks and any ZeRO stage can go on from it."""
-        return not any(name.startswith(f"{ENGINE}/") for name in self.files)
+        return not any(name.startswith(_OPTIMIZER) for name in self.files)
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`, as the last file. Raises OSError."""
@@ -88,8 +87,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def _from_values(values: Any, name: str) -> Manifest:
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-        given = values.get("format") if isinstance(values, Mapping) else type(values).__name__
-        raise CheckpointError(f"{name}/{FILE_NAME} has format {given}; this version of moemm reads format {FORMAT}")
+        raise CheckpointError(f"{name}/{FILE_NAME} {_foreign(values)}")
     values = dict(values)
     if values.pop(_SEAL, None) != _digest(values):
         raise CheckpointError(f"{name}/{FILE_NAME} does not match its own sha256: it was altered")
@@ -98,6 +96,16 @@ def _from_values(values: Any, name: str) -> Manifest:
         raise CheckpointError(f"{name}/{FILE_NAME} lacks or adds keys: {', '.join(sorted(names ^ set(values)))}")
     _check_files(values["files"], name)
     return Manifest(**values)
+
+
+def _foreign(values: Any) -> str:
+    """What a manifest of another format says of itself, and what to do."""
+    given = values.get("format") if isinstance(values, Mapping) else type(values).__name__
+    packages = values.get("versions") if isinstance(values, Mapping) else None
+    writer = packages.get("moemm") if isinstance(packages, Mapping) else None
+    by = f", written by moemm {writer}" if isinstance(writer, str) else ""
+    do = f"go on with moemm {writer}, or train anew" if by else "train anew"
+    return f"has format {given}{by}; this version of moemm reads format {FORMAT}: {do} in another folder"
 
 
 def _check_files(files: Any, name: str) -> None:

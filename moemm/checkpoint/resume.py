@@ -62,8 +62,8 @@ def find_newest(root: Path, *, check: Callable[[Manifest], None]) -> Found:
     return on_main(find)
 
 
-def check_compatible(manifest: Manifest, config: Config, *, world_size: int) -> None:
-    """Refuse to load a checkpoint of another model, ZeRO stage or number of ranks.
+def check_compatible(manifest: Manifest, config: Config) -> None:
+    """Refuse to load a checkpoint of another model. World size, ZeRO stage and what DeepSpeed is told may change.
 
     Raises CheckpointError that names the keys that changed, with both values.
     """
@@ -77,19 +77,6 @@ def check_compatible(manifest: Manifest, config: Config, *, world_size: int) -> 
         raise CheckpointError(
             f"The configuration differs from that of {where} in what its weights mean:{shown}{more}\n"
             "Give the old values to resume, or train anew in another folder (--train.output NAME)."
-        )
-    if manifest.weights_only:
-        return
-    stage = config.deepspeed.zero_stage
-    if manifest.world_size != world_size:
-        raise CheckpointError(
-            f"{where[0].upper()}{where[1:]} was written by {manifest.world_size} ranks, this run has {world_size}. "
-            f"Its optimizer states are sharded: start {manifest.world_size} ranks to resume."
-        )
-    if manifest.zero_stage != stage:
-        raise CheckpointError(
-            f"{where[0].upper()}{where[1:]} was written with ZeRO stage {manifest.zero_stage}, this run has {stage}. "
-            f"Resume with --deepspeed.zero-stage {manifest.zero_stage}."
         )
 
 

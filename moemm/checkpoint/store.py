@@ -1,112 +1,147 @@
 """What a rank writes into a checkpoint and reads back. With train/engine.py the only importer of deepspeed.
 
-step_000020/model.safetensors          all weights, whole, fp32: what evaluate and export read
-step_000020/random_00000.safetensors   random states of rank 0
-step_000020/engine/*.pt                DeepSpeed's own shards (pickles: opened only after their hashes are checked)
+step_000020/model.safetensors             all weights, whole, fp32, where one rank holds them
+step_000020/model_00000.safetensors       elsewhere: those that rank 0's part of the optimizer steps, and buffers
+step_000020/optimizer_00000.safetensors   AdamW's states of the same elements
+step_000020/random_00000.safetensors      random states of rank 0
 step_000020/manifest.json
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from moemm.checkpoint import random_state
-from moemm.checkpoint.manifest import ENGINE
+from moemm.checkpoint.fragments import Fragment, held, release, set_steps, spread
+from moemm.checkpoint.manifest import read_manifest
+from moemm.checkpoint.state import MODEL, OPTIMIZER, RANDOM, RankState, Store, file_name, gather_state
 from moemm.distributed import World, gather_objects
 from moemm.errors import CheckpointError
-from moemm.points import point
 
-WEIGHTS = "model.safetensors"
+_SHOWN = 8
 
 
-def write_rank(
-    engine: Any, folder: Path, world: World, *, kept: Mapping[str, torch.Tensor] | None = None
-) -> Sequence[Path]:
-    """Write this rank's files of a DeepSpeed engine into `folder`; all ranks call it together.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which tensors this rank writes of those that several ranks hold: each is written by the lowest rank that has it.
 
-    kept: weights that are written in place of the engine's, which rounded them and does not train them.
-    Returns the paths. Raises OSError on the rank that could not write, after all ranks are through their collectives.
+    all_first: rank 0 has them all.
     """
-    writer = _Writer()
-    weights = full_weights(engine.module, world, master=engine.bfloat16_enabled()) | {**(kept or {})}
-    _save_engine(engine, folder, writer)
-    path = folder / f"random_{world.rank:05d}.safetensors"
-    writer.attempt(path, lambda: save_file(random_state.capture(), path))
-    if world.is_main:
-        target = folder / WEIGHTS
-        writer.attempt(target, lambda: save_file(weights, target))
-    if writer.problem is not None:
-        raise OSError(str(writer.problem))
-    return writer.paths
+
+    names: Set[str]
+    all_first: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, world: World) -> Share:
+        """Share of a rank that holds all tensors of `model`, in global names; all ranks call it together."""
+        mine = list(model.state_dict())
+        lowest: dict[str, int] = {}
+        for rank, names in enumerate(gather_objects(mine)):
+            for name in names:
+                lowest.setdefault(name, rank)
+        return cls(frozenset(name for name in mine if lowest[name] == world.rank), not any(lowest.values()))
 
 
-def _save_engine(engine: Any, folder: Path, writer: _Writer) -> None:
-    previous = engine.checkpoint_engine
-    engine.checkpoint_engine = writer
-    # Rank 0 alone would copy two scripts here, which may fail, before a barrier; model.safetensors makes them needless.
-    engine._copy_recovery_script = lambda _: None
+def rank_state(engine: Any, world: World, share: Share, *, kept: Mapping[str, torch.Tensor] | None) -> RankState:
+    """What this rank of a DeepSpeed engine writes now; no rank waits for another. Mostly views of the engine's memory.
+
+    kept: what is written in place of weights that the engine rounded and does not train; None if it rounds none.
+    Raises CheckpointError for states that cannot be saved.
+    """
+    own = (one for one in held(engine, kept) if not one.replicated or one.name in share.names)
+    sharded = world.size > 1 and engine.zero_optimization_stage() > 0
+    alone = share.all_first and not sharded
+    return gather_state(own, rank=world.rank, alone=alone, random=random_state.capture())
+
+
+def read_rank(
+    engine: Any, folder: Path, world: World, *, kept: Mapping[str, torch.Tensor] | None
+) -> tuple[dict[str, torch.Tensor] | None, bool]:
+    """Load weights, optimizer and random state of this rank from a folder that was verified; all ranks together.
+
+    The folder may be of another world size or ZeRO stage; in another world size random states are left as they are.
+    kept: as `rank_state` got it. Returns what it is now, and whether random states were restored.
+    Raises CheckpointError on all ranks, before a weight is touched, when one of them lacks something that it needs.
+    """
+    found, problem = None, None
     try:
-        engine.save_checkpoint(str(folder), tag=ENGINE, save_latest=False)
-    finally:
-        engine.checkpoint_engine = previous
+        found = _Found.of(engine, folder, world, list(kept or ()))
+        problem = found.problem()
+    except (CheckpointError, OSError, SafetensorError, ValueError, KeyError) as error:
+        problem = str(error) or type(error).__name__
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(problem)) if text]
+    if not problems:
+        assert found is not None
+        problems = _surplus(found)
+    if problems or found is None:
+        raise CheckpointError(f"{folder} is whole, but its state does not fit this run.\n" + "\n".join(problems))
+    stored = found.restore(engine)
+    return None if kept is None else stored, found.random is not None
 
 
-class _Writer:
-    """Stands in for DeepSpeed's checkpoint engine while a checkpoint is written.
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint's files beside what this rank holds."""
 
-    DeepSpeed's save holds barriers: a rank that raised in the middle would leave the others waiting. So failures are
-    kept until all ranks are through.
-    """
+    weights: Store
+    moments: Store
+    random: dict[str, torch.Tensor] | None
+    fragments: list[Fragment]
+    kept: list[str]
 
-    def __init__(self) -> None:
-        self.paths: list[Path] = []
-        self.problem: Exception | None = None
+    @classmethod
+    def of(cls, engine: Any, folder: Path, world: World, kept: list[str]) -> _Found:
+        manifest = read_manifest(folder)
+        same = manifest.world_size == world.size
+        random = load_file(folder / file_name(RANDOM, world.rank)) if same else None
+        weights, moments = (Store(folder, manifest.files, kind) for kind in (MODEL, OPTIMIZER))
+        return cls(weights, moments, random, list(held(engine)), kept)
 
-    def attempt(self, path: Path, write: Any) -> None:
-        """Run `write` and note `path`, or the failure."""
-        try:
-            write()
-            point("save.file")
-            self.paths.append(path)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            self.problem = self.problem or error
+    def problem(self) -> str | None:
+        """The first thing that this rank holds and the files do not, or None."""
+        for one in self.fragments:
+            floating = one.weight.is_floating_point()
+            found = self.weights.problem(one.name, one.shape, one.offset, one.length, floating=floating)
+            for key in one.moments:
+                name = f"{key}/{one.name}"
+                found = found or self.moments.problem(name, one.shape, one.offset, one.length, floating=True)
+            if one.moments and one.name not in self.moments.steps:
+                found = found or f"{one.name} has no count of steps"
+            if found:
+                return found
+        return None
 
-    def save(self, state_dict: Any, path: str) -> None:
-        """Called by DeepSpeed for each of its files."""
-        self.attempt(Path(path), lambda: torch.save(state_dict, path))
+    @torch.no_grad()
+    def restore(self, engine: Any) -> dict[str, torch.Tensor]:
+        """Copy everything into the engine; all ranks together. Returns the kept weights."""
+        release(engine)
+        set_steps(engine, max(self.moments.steps.values(), default=0.0))
+        for one in self.fragments:
+            if one.length:
+                one.weight.copy_(self.weights.read(one.name, one.offset, one.length))
+            for key, value in one.moments.items():
+                value.copy_(self.moments.read(f"{key}/{one.name}", one.offset, one.length))
+            if one.step is not None and one.replicated:
+                one.step.fill_(self.moments.steps[one.name])
+        spread(engine)
+        if self.random is not None:
+            random_state.restore(self.random)
+        return {name: self.weights.whole(name) for name in self.kept}
 
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Called by DeepSpeed for its folders."""
-        try:
-            Path(path).mkdir(parents=True, exist_ok=exist_ok)
-        except OSError as error:
-            self.problem = self.problem or error
 
-    def create(self, info: Any) -> None:
-        """Called by DeepSpeed before the first file; nothing to prepare."""
-
-    def commit(self, info: Any) -> bool:
-        """Called by DeepSpeed after the last file; our own commit follows."""
-        return True
-
-    def is_decoupled(self) -> bool:
-        """Files are written when `save` returns."""
-        return False
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        """Rank 0 of the data-parallel ranks writes what they share."""
-        return dp_rank == 0
-
-    def preserves_storage_sharing(self) -> bool:
-        """torch.save writes a shared storage once, whole."""
-        return True
+def _surplus(found: _Found) -> list[str]:
+    """What the files hold and no rank does; all ranks together."""
+    mine = {one.name for one in found.fragments}
+    unknown = [set(found.weights.shapes) - theirs for theirs in gather_objects(mine)]
+    return [f"{name} is not part of this model" for name in sorted(set.intersection(*unknown))[:_SHOWN]]
 
 
 def full_weights(model: nn.Module, world: World, *, master: bool) -> dict[str, torch.Tensor]:
@@ -146,34 +181,17 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return (plain.float() if plain.is_floating_point() else plain).clone().contiguous()
 
 
-def read_rank(engine: Any, folder: Path, world: World) -> None:
-    """Load weights, optimizer and random state of this rank from a folder that was verified; all ranks together.
-
-    Raises CheckpointError on all ranks when one of them cannot use its files.
-    """
-    problem = None
-    try:
-        if engine.load_checkpoint(str(folder), tag=ENGINE)[0] is None:
-            problem = "DeepSpeed found no state for this rank"
-        random_state.restore(load_file(folder / f"random_{world.rank:05d}.safetensors"))
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    problems = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(problem)) if text]
-    if problems:
-        raise CheckpointError(f"{folder} is whole, but its state does not fit this run.\n" + "\n".join(problems))
-
-
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of `model.safetensors` of a verified folder, on the CPU. Raises CheckpointError."""
-    try:
-        return load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    """The weights and buffers of a verified folder, whole, on the CPU. Raises CheckpointError."""
+    store = Store(folder, read_manifest(folder).files, MODEL)
+    if not store.shapes:
+        raise CheckpointError(f"{folder} holds no weights")
+    return {name: store.whole(name) for name in store.shapes}
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load `model.safetensors` of a verified folder into a model that no engine holds. Raises CheckpointError."""
+    """Load the weights of a verified folder into a model that no engine holds. Raises CheckpointError."""
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit the model of the run's config.yaml: {error}") from error
+        model.load_state_dict(read_weights(folder), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit the model of the run's config.yaml: {error}") from error

@@ -416,6 +416,11 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
     keep: Count = 2
     """Newest checkpoints to keep; older ones go once a newer one is verified."""
+    keep_every: Annotated[int, Ge(0)] = 0
+    """Checkpoints of steps that are multiples of this stay for ever, beside the newest; 0: none does."""
+    background: bool = False
+    """Go on training while a checkpoint is written, from a copy in memory (12 bytes a parameter, shared by ranks under
+    ZeRO). The last one of a run is waited for."""
 
 
 @dataclass(kw_only=True)

@@ -83,8 +83,8 @@ class Board:
         return self._folder / f"{rank:05d}"
 
     def __call__(self, here: Place) -> None:
-        """Note a point."""
-        if self._map is not None:
+        """Note a point of the main thread."""
+        if self._map is not None and here is place():
             text = (one.encode() for one in (here.name, last_collective(), self._end))
             _FORM.pack_into(self._map, 0, os.getpid(), here.number, here.step, self._beat, time.time(), *text)
 

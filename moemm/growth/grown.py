@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from moemm.checkpoint import Manifest, commit, newest_complete
+from moemm.checkpoint import Keep, Manifest, commit, newest_complete
 from moemm.checkpoint.manifest import versions
-from moemm.checkpoint.store import WEIGHTS, read_weights
+from moemm.checkpoint.state import WEIGHTS
+from moemm.checkpoint.store import read_weights
 from moemm.config import Config, LoadedConfig, config_hash, to_dict
 from moemm.data.catalogue import Catalogue
 from moemm.distributed import World
@@ -88,6 +89,6 @@ def write_grown(loaded: LoadedConfig, catalogue: Catalogue, specs: Specs, model:
             expert_map=model.map.to_dict() if sparse else None, files=files,
         )  # fmt: skip
 
-    commit(folder / CHECKPOINTS, step=0, write=write, describe=describe, world=World(), keep=1)
+    commit(folder / CHECKPOINTS, step=0, write=write, describe=describe, world=World(), keep=Keep(1))
     receipt.write(folder)
     return folder

@@ -77,7 +77,7 @@ def _train(
     setup: Setup, world: World, stop: StopRequest, *, going_on: bool, wanted: bool, extra: list[Callback]
 ) -> dict[str, Any]:
     callbacks = _callbacks(setup, world, extra)
-    found = _find(setup, world) if going_on else None
+    found = _find(setup) if going_on else None
     trainer = Trainer(setup, world, callbacks, stop, start=found)
     try:
         if found is not None:
@@ -106,10 +106,8 @@ def _callbacks(setup: Setup, world: World, extra: list[Callback]) -> list[Callba
     return [*callbacks, *extra, CheckpointingCallback(every=config.train.checkpoint.every)]
 
 
-def _find(setup: Setup, world: World) -> Found:
-    return find_newest(
-        setup.checkpoints, check=lambda manifest: check_compatible(manifest, setup.config, world_size=world.size)
-    )
+def _find(setup: Setup) -> Found:
+    return find_newest(setup.checkpoints, check=lambda manifest: check_compatible(manifest, setup.config))
 
 
 def _restore(trainer: Trainer, found: Found) -> None:

@@ -7,11 +7,14 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from moemm.checkpoint.state import RankState
+from moemm.checkpoint.store import Share, rank_state, read_rank
 from moemm.config import deepspeed_section
 from moemm.config.schema import Config
 from moemm.distributed import World, note_collective, prepare_environment
@@ -81,10 +84,11 @@ class Engine:
         self.model = model
         self.grad_norm: float | None = None
         """Norm of the last step's gradient before clipping; NaN if the step was not applied, None where not known."""
-        rounded = config.train.precision == "bf16" and world.is_main
-        frozen = {name: one for name, one in model.named_parameters() if rounded and not one.requires_grad}
-        self.kept = {name: one.detach().cpu().clone() for name, one in frozen.items()}
-        """On rank 0 the frozen parameters before they are rounded to bf16: the optimizer has no fp32 copy of them."""
+        self.share = Share.of(model, world)
+        """Which tensors this rank writes of those that others have, too."""
+        self.kept = self._frozen_values(model) if config.train.precision == "bf16" else None
+        """In bf16, the frozen parameters before they are rounded, on the rank that writes them: the optimizer has no
+        fp32 copy of them."""
         if self.zero_stage == 3:
             for module in model.modules():
                 if getattr(module, "_z3_leaf", False):
@@ -103,6 +107,22 @@ class Engine:
             backend = torch.distributed.get_backend()
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
             self.deepspeed = deepspeed.initialize(model=model, optimizer=optimizer, config=section)[0]
+
+    def _frozen_values(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
+        return {name: one.detach().cpu().clone() for name, one in frozen.items() if name in self.share.names}
+
+    def state(self) -> RankState:
+        """What this rank writes into a checkpoint; mostly views of the engine's memory. Raises CheckpointError."""
+        return rank_state(self.deepspeed, self.world, self.share, kept=self.kept)
+
+    def restore(self, folder: Path) -> bool:
+        """Load a verified checkpoint, of whichever world size and ZeRO stage; all ranks together.
+
+        Returns whether random states were there for this world. Raises CheckpointError, before a weight is touched.
+        """
+        self.kept, same_world = read_rank(self.deepspeed, folder, self.world, kept=self.kept)
+        return same_world
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's output, through DeepSpeed's forward hooks (ZeRO-3 fetches weights there)."""

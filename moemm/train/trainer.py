@@ -7,20 +7,23 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from moemm.checkpoint import Found, Manifest, commit, random_state
+from moemm.checkpoint import Found, Keep, Manifest, Save, random_state
 from moemm.checkpoint.manifest import versions
-from moemm.checkpoint.store import load_weights, read_rank, read_weights, write_rank
+from moemm.checkpoint.state import HostMemory
+from moemm.checkpoint.store import load_weights
 from moemm.config import config_hash, to_dict
 from moemm.data.loader import drawn_sizes, learning_groups, train_loader
 from moemm.data.quarantine import Bad
 from moemm.data.sample import PackedBatch
 from moemm.distributed import World, gather_objects, sum_over_ranks
+from moemm.errors import CheckpointError, HealthError, MoemmError
 from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
 from moemm.harmonize import Settler
 from moemm.modalities import prepare_functions
@@ -118,32 +121,64 @@ class Trainer:
             collapse=not few_are_wanted(self.config.model.router),
         )
         self._frozen = FrozenState(model, None)  # nothing, until `run` begins: weights may still be read
-        # Weights are equal on all ranks; from here on each rank draws its own dropout.
-        seed_everything(self.config.train.seed + 7919 * (world.rank + 1), deterministic=self.config.train.deterministic)
+        self._host = HostMemory()
+        self._save: Save | None = None  # that is under way
+        self._writing = 0  # whether a rank had something of it to do, when last asked
+        self._seed_rank(0)  # weights are equal on all ranks
 
     def restore(self, folder: Path, step: int) -> None:
         """Go on from a verified checkpoint. Raises CheckpointError."""
-        read_rank(self.engine.deepspeed, folder, self.world)
-        if self.engine.kept:
-            stored = read_weights(folder)
-            self.engine.kept = {name: stored[name] for name in self.engine.kept}
+        same_world = self.engine.restore(folder)
         self.step = step
+        if not same_world:  # draws of another number of ranks are other draws; those of the start would come again
+            self._seed_rank(step)
+            self.tell("the checkpoint is of another number of ranks: dropout goes on with other random numbers")
 
-    def save(self) -> Path:
-        """Make the checkpoint of this step; all ranks together. Raises CheckpointError on all of them."""
+    def _seed_rank(self, step: int) -> None:
+        """Let this rank draw its own dropout from here on."""
+        seed = self.config.train.seed + 7919 * (self.world.rank + 1) + 104_729 * step
+        seed_everything(seed, deterministic=self.config.train.deterministic)
+
+    def save(self, *, background: bool = False) -> bool:
+        """Begin the checkpoint of this step, or make it if not in the `background`; all ranks together.
+
+        One that is under way is waited for. True if it is complete. Raises CheckpointError on all ranks.
+        """
         for callback in self._callbacks:
             callback.on_phase("save", self.step)
-        return commit(
+        self.continue_save(wait=True)
+        state = self.engine.state()
+        state = self._host.copy(state) if background else state
+        self._save = Save(
             self.setup.checkpoints,
             step=self.step,
-            write=lambda folder: write_rank(self.engine.deepspeed, folder, self.world, kept=self.engine.kept),
-            describe=self._manifest,
+            write=state.write,
+            describe=self._manifest(),
             world=self.world,
-            keep=self.config.train.checkpoint.keep,
+            keep=Keep(self.config.train.checkpoint.keep, self.config.train.checkpoint.keep_every),
+            background=background,
         )
+        self._writing = 1
+        return self.continue_save(wait=not background)
 
-    def _manifest(self, files: dict[str, dict[str, Any]]) -> Manifest:
-        return Manifest(
+    def continue_save(self, *, wait: bool) -> bool:
+        """Go on with the checkpoint that is under way where all ranks can, or `wait` for it; all ranks together.
+
+        True if it is complete now. Raises CheckpointError on all ranks; that save is over then.
+        """
+        if self._save is None:
+            return False
+        save, self._save = self._save, None
+        if wait:
+            save.finish()
+        elif self._writing or not save.advance():
+            self._save = save
+        self._writing = int(self._save is not None)
+        return not self._writing
+
+    def _manifest(self) -> Callable[[dict[str, dict[str, Any]]], Manifest]:
+        """The manifest of this step for the files that it will have."""
+        described = Manifest(
             step=self.step,
             world_size=self.world.size,
             zero_stage=self.config.deepspeed.zero_stage,
@@ -152,8 +187,9 @@ class Trainer:
             versions=versions(),
             sampler={"step": self.step},
             expert_map=None if self._expert_map is None else self._expert_map.to_dict(),
-            files=files,
+            files={},
         )
+        return lambda files: replace(described, files=files)
 
     def run(self) -> bool:
         """Train to the last step. False if a signal ended it before; then `stopped_by` names the signal.
@@ -183,9 +219,20 @@ class Trainer:
             while self.step < total and not self.stopped_by:
                 self._one_step(batches)
                 self._after_step(total)
+        except MoemmError as error:
+            self._save_before(error)
+            raise
         finally:
             loader.close()
         return self.step >= total
+
+    def _save_before(self, error: MoemmError) -> None:
+        """Wait for a checkpoint that is under way, where all ranks are about to end with the same error."""
+        if self.world.size == 1 or isinstance(error, HealthError | CheckpointError):
+            try:
+                self.continue_save(wait=True)
+            except CheckpointError as problem:
+                self.tell(f"warning: {problem}")
 
     def _start_callbacks(self) -> None:
         catalogue, (total, active) = self.setup.catalogue, self.num_parameters
@@ -330,8 +377,9 @@ class Trainer:
         """The ranks agree that they are about to pass backward from the same `chosen`, and that all is finite."""
         broken = loss.broken(self.tasks)
         point("backward")
-        flags = [int(bool(broken)), self._stop.number, len(self._bad)]
-        alarm, self._asked, self._bad_anywhere = self._guard.before_backward(chosen, flags=flags)
+        writing = self._save is not None and self._save.busy
+        flags = [int(bool(broken)), self._stop.number, len(self._bad), int(writing)]
+        alarm, self._asked, self._bad_anywhere, self._writing = self._guard.before_backward(chosen, flags=flags)
         if alarm:
             findings = gather_objects(find(broken, self.setup.catalogue.tasks, output, batch))
             raise FaultyStepError("loss", f"The loss of step {self.step + 1} is not finite", findings)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from moemm.checkpoint import find_newest
+from moemm.checkpoint import find_newest, state
 from moemm.checkpoint.store import full_weights
 from moemm.data.dataset import SplitDataset
 from moemm.data.pack import Packer
@@ -56,12 +56,12 @@ class Recorder(Callback):
 
 def build(
     folder: Path, world: World, *, name: str, stage: int, resume: bool = False, stop: StopRequest | None = None,
-    callbacks: tuple[Callback, ...] = (), **sections: dict[str, Any],
+    callbacks: tuple[Callback, ...] = (), extra: dict[str, Any] | None = None, **sections: dict[str, Any],
 ) -> tuple[Trainer, Recorder]:  # fmt: skip
     train = {"output": str(folder / name), "steps": 6, "batch_size": 8, "lr": 1e-2, **sections.pop("train", {})}
     mine = folder if world.is_main else folder / f"rank_{world.rank}"
     mine.mkdir(exist_ok=True)
-    extra = SMALL if stage == 3 else {}
+    extra = (SMALL if stage == 3 else {}) if extra is None else extra
     loaded = tiny_config(mine, train=train, deepspeed={"zero_stage": stage, "extra": extra}, **sections)
     recorder = Recorder()
     setup, _ = prepare(loaded, resume=resume)
@@ -480,8 +480,8 @@ class FullDisk(Callback):
     every_rank = True
 
     def __init__(self, failures: int, world: World, patch: pytest.MonkeyPatch) -> None:
-        self.left, self._save = failures, torch.save
-        patch.setattr(torch, "save", self if world.rank == 1 else torch.save)
+        self.left, self._save = failures, state.save_file
+        patch.setattr(state, "save_file", self if world.rank == 1 else state.save_file)
 
     def __call__(self, *arguments: Any, **options: Any) -> None:
         if self.left > 0:

@@ -1,7 +1,8 @@
-"""Saves every train.checkpoint.every steps and when training stops."""
+"""Saves every train.checkpoint.every steps, in the background if wanted, and when training stops."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moemm.errors import CheckpointError
@@ -24,15 +25,20 @@ class CheckpointingCallback(Callback):
         self._every, self._failures = every, 0
 
     def on_step(self, trainer: Trainer, *, stopping: bool) -> None:
-        """Save when it is time."""
-        if not stopping and not (self._every and trainer.step % self._every == 0):
-            return
+        """Save when it is time, and go on with a save that is under way."""
+        due = stopping or bool(self._every and trainer.step % self._every == 0)
+        self._attempt(trainer, lambda: trainer.continue_save(wait=due), last=False)
+        if due:
+            background = trainer.config.train.checkpoint.background and not stopping
+            self._attempt(trainer, lambda: trainer.save(background=background), last=stopping)
+
+    def _attempt(self, trainer: Trainer, action: Callable[[], bool], *, last: bool) -> None:
         try:
-            trainer.save()
-            self._failures = 0
+            if action():
+                self._failures = 0
         except CheckpointError as error:
             self._failures += 1
-            if stopping or self._failures >= MAX_FAILURES:
+            if last or self._failures >= MAX_FAILURES:
                 raise CheckpointError(
                     f"{error}\n{self._failures} saves in a row failed; free space on the disk, then add --resume."
                 ) from error
