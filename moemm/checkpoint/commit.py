@@ -158,7 +158,8 @@ class _Task:
         try:
             self._result = self._action()
         except _FAILURES as error:
-            self._problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"
+            said = str(error) or repr(error)
+            self._problem = f"{type(error).__name__}: {said.splitlines()[0]}"
 
     def _run_aside(self) -> None:
         try:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 State = dict[str, torch.Tensor]
+NAMES = frozenset({"torch", "python", "python_gauss", "numpy", "numpy_position", "numpy_gauss"})
+"""Those that every state has."""
 
 
 def capture() -> State:

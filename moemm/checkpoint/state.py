@@ -151,7 +151,7 @@ class Store:
         for name in sorted(name for name in files if name == f"{kind}.safetensors" or name.startswith(f"{kind}_")):
             try:
                 self._index(folder / name)
-            except (SafetensorError, OSError, ValueError, TypeError) as error:
+            except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece.offset)
@@ -160,13 +160,15 @@ class Store:
         file = self._open[path] = safe_open(path, framework="pt")
         metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
         fragments = metadata.get(_FRAGMENTS, {})
-        self.steps |= metadata.get(_STEPS, {})
+        self.steps |= {name: float(step) for name, step in metadata.get(_STEPS, {}).items()}
         for key in file.keys():  # noqa: SIM118 - it is no mapping
             part = file.get_slice(key)
             own = tuple(part.get_shape())
             name, offset, shape = fragments.get(key, (key, 0, own))
             if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
                 raise ValueError(f"{name} has the shape {list(shape)}, and {list(self.shapes[name])} elsewhere")
+            if not 0 <= int(offset) <= math.prod(shape) - math.prod(own):
+                raise ValueError(f"{key} has {math.prod(own)} elements from {offset} on, of {math.prod(shape)}")
             piece = _Piece(int(offset), math.prod(own), path, key, part.get_dtype().startswith(("F", "BF")))
             self._pieces.setdefault(name, []).append(piece)
 

@@ -117,7 +117,8 @@ class _Found:
                 found = found or f"{one.name} has no count of steps"
             if found:
                 return found
-        return None
+        lacking = sorted(random_state.NAMES - set(self.random or random_state.NAMES))
+        return f"the random states lack {lacking[0]}" if lacking else None
 
     @torch.no_grad()
     def restore(self, engine: Any) -> dict[str, torch.Tensor]:

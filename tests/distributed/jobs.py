@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from moemm.checkpoint import find_newest, state
@@ -490,14 +491,15 @@ class FullDisk(Callback):
         self._save(*arguments, **options)
 
 
-def full_disk(folder: str, failures: int) -> dict[str, Any]:
+def full_disk(folder: str, failures: int, background: bool = False) -> dict[str, Any]:
     """Twelve steps with a save every second, of which the first `failures` after a good one fail on rank 1."""
+    train = {"steps": 12, "checkpoint": {"background": background}}
     world = connect(timeout_s=60)
     with pytest.MonkeyPatch.context() as patch:
         disk = FullDisk(0, world, patch)
         after_first = AfterStep(2, lambda: setattr(disk, "left", failures))
         trainer, recorder = build(
-            Path(folder), world, name=f"disk_{failures}", stage=1, train={"steps": 12},
+            Path(folder), world, name=f"disk_{failures}_{background}", stage=1, train=train,
             callbacks=(CheckpointingCallback(every=2), after_first),
         )  # fmt: skip
         try:
@@ -522,13 +524,15 @@ class AfterStep(Callback):
 
 
 def interrupted(folder: str) -> dict[str, Any]:
-    """A SIGTERM to rank 1 alone after its second step, in a run of six."""
+    """A SIGTERM to rank 1 alone after its second step, in a run of six, while a save is under way on rank 0."""
     world = connect(timeout_s=60)
-    with stop_requests() as stop:
+    with stop_requests() as stop, pytest.MonkeyPatch.context() as patch:
+        if world.is_main:
+            patch.setattr(state, "save_file", lambda *arguments: (time.sleep(0.2), save_file(*arguments)))
         sender = AfterStep(2, lambda: os.kill(os.getpid(), signal.SIGTERM) if world.rank == 1 else None)
         trainer, _ = build(
             Path(folder), world, name="interrupted", stage=2, stop=stop,
-            callbacks=(sender, CheckpointingCallback(every=0)),
+            callbacks=(sender, CheckpointingCallback(every=2)), train={"checkpoint": {"background": True}},
         )  # fmt: skip
         finished = trainer.run()
     saved = sorted(path.name for path in trainer.setup.checkpoints.iterdir())

@@ -186,6 +186,7 @@ def trapped(folder: Path) -> list[Any]:
         ("full_disk", {"failures": 9}),
         ("interrupted", {}),
         ("recomputed", {"cases": RECOMPUTED}),
+        ("full_disk", {"failures": 2, "background": True}),
     ]
     return job("several", folder=str(folder), calls=calls)
 
@@ -241,7 +242,9 @@ def test_full_disk_on_one_rank(trapped: list[Any]) -> None:
         assert len(passing["messages"]) == 2
         assert all("No space left" in text and "of 3 failures" in text for text in passing["messages"])
         assert "3 saves in a row failed" in lasting["error"] and lasting["step"] == 8
-    assert trapped[0][2]["left"] == ["latest", "step_000010", "step_000012"]
+        behind = rank[6]
+        assert behind["error"] == "" and len(behind["messages"]) == 2 and "of 3 failures" in behind["messages"][1]
+    assert trapped[0][2]["left"] == trapped[0][6]["left"] == ["latest", "step_000010", "step_000012"]
     assert trapped[0][3]["left"] == ["latest", "step_000002"]
 
 
@@ -249,7 +252,7 @@ def test_signal_to_one_rank_stops_both_at_one_boundary(trapped: list[Any]) -> No
     for rank in trapped:
         found = rank[4]
         assert (found["finished"], found["step"], found["stopped_by"]) == (False, 3, signal.SIGTERM)
-    assert trapped[0][4]["saved"] == ["latest", "step_000003"]
+    assert trapped[0][4]["saved"] == ["latest", "step_000002", "step_000003"], "what was under way is waited for"
 
 
 @pytest.mark.parametrize(("case", "stage"), RECOMPUTED)
