@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from moemm.data.catalogue import ModalityInfo
 from moemm.data.sample import PackedModality, Value
+from moemm.data.vocabulary import Vocabulary, fit_subwords, fit_words
 from moemm.modalities.base import ModalitySpec, Tokenizer, Tokens, sequence_positions, unknown_time
 from moemm.modalities.registry import register_modality
 from moemm.modalities.signal import ranges
 from moemm.modalities.targets import Targets, TargetShape, class_targets
-from moemm.modalities.vocabulary import Vocabulary, fit_subwords, fit_words
 
 
 @register_modality("text")

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moemm.config.experts import Expert
 from moemm.config.schema import ExpertsBackend, RouterConfig
 from moemm.moe.backends import expert_runner
-from moemm.moe.expert_map import Expert, ExpertMap
+from moemm.moe.expert_map import ExpertMap
 from moemm.moe.experts import FeedForward, LowRank
 from moemm.moe.router import Router
 from moemm.moe.routers import Routed

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moemm.config.experts import TAKE_ALL, active_experts
 from moemm.config.schema import RouterConfig
 from moemm.errors import ConfigError
 from moemm.exact import ExactBuffers
 from moemm.moe.expert_map import ExpertMap
 from moemm.moe.routers import CAPACITY, P, Routed, RouteInput, find_router, route
-
-_ALL = {"hard", "top_p"}  # kinds for which no top_k means every allowed expert
 
 
 class Router(ExactBuffers):
@@ -111,11 +110,6 @@ class Router(ExactBuffers):
         return -square_TX.clamp_min(1e-12).sqrt()
 
 
-def active_experts(config: RouterConfig) -> int | None:
-    """Routed experts that a token uses at most; None: all that it may."""
-    return config.top_k if config.kind in _ALL else config.top_k or 1
-
-
 def _pairs(layer_map: ExpertMap, scopes: Sequence[str]) -> list[list[tuple[str, str]]]:
     """The pairs of a scope and a routed expert that have weights, those of each extension together, oldest first.
 
@@ -144,7 +138,7 @@ def _top_k(layer_map: ExpertMap, config: RouterConfig) -> int:
     number_M = layer_map.allowed("routed").sum(-1)
     fewest, most = int(number_M.min()), int(number_M.max())
     top_k = active_experts(config) or most
-    needed = 1 if config.kind in _ALL else top_k
+    needed = 1 if config.kind in TAKE_ALL else top_k
     if fewest < needed:
         modality, task = layer_map.rows[int(number_M.argmin())]
         who = modality if task is None else f"{modality} in task {task}"

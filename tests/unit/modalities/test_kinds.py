@@ -12,12 +12,12 @@ import torch
 from moemm.config.schema import ModalityConfig
 from moemm.data.catalogue import ModalityInfo
 from moemm.data.sample import PackedModality, Table
+from moemm.data.vocabulary import Vocabulary, fit_subwords, fit_words
 from moemm.errors import ConfigError, DataError
 from moemm.modalities import build_tokenizer, fit_modalities
 from moemm.modalities.logmel import LogMel, mel_filters
 from moemm.modalities.signal import Frames, fit_statistics, normalize_rows, patches_of, ranges
 from moemm.modalities.tabular import NUM_BINS
-from moemm.modalities.vocabulary import Vocabulary, fit_subwords, fit_words
 from moemm.testing.modality_cases import fit_case, pack_values
 
 
