@@ -112,6 +112,23 @@ VERBS: dict[str, Verb] = {
         target="moemm.cli.package:Load",
         help="put such a file into a run with the same base",
     ),
+    "plan": Verb(
+        usage="RUN|CONFIG",
+        target="moemm.cli.plan:Plan",
+        help="memory, time and GPUs of a run, before it runs",
+        overrides=True,
+    ),
+    "plan placement": Verb(
+        usage="RUN",
+        target="moemm.cli.plan:Placement",
+        help="which rank should hold which expert, by measured loads",
+    ),
+    "plan simulate": Verb(
+        usage="RUN",
+        target="moemm.cli.plan:Simulate",
+        help="a step on up to 1,024 ranks, with the run's routing",
+        overrides=True,
+    ),
     "report": Verb(
         usage="RUN",
         target="moemm.cli.report:Report",

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DATA = """\
+modalities: {image: {kind: image, shape: [1, 28, 28]}}
+tasks: {digits: {outputs: 10, samples: 1000, modalities: [image]}}
+"""
 HEAVY = {"torch", "deepspeed", "h5py", "numpy", "matplotlib", "tensorboard"}
 IMPORTS = """
 import sys
@@ -56,11 +60,13 @@ def test_a_config_error_takes_less_than_two_seconds(moemm: Run, recipe: Path) ->
     [["--help"], ["config", "explain"], ["config", "show", "tiny.yaml"], ["train", "tiny.yaml", "--model.dim", "no"],
      ["train", "--help"], ["evaluate", "--help"], ["doctor", "--help"], ["evaluate", "nowhere"],
      ["launch", "slurm", "tiny.yaml", "--dry-run"], ["launch", "local", "tiny.yaml", "--ranks", "2", "--dry-run"],
-     ["status", "--help"], ["status", "run"]],
+     ["status", "--help"], ["status", "run"],
+     ["plan", "--help"], ["plan", "tiny.yaml", "--data", "data.yaml", "--gpus", "64xH100"]],
 )  # fmt: skip
 def test_nothing_heavy_is_imported(arguments: list[str], recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("name: run")
+    (tmp_path / "data.yaml").write_text(DATA)
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS.format(heavy=HEAVY), *arguments],
         capture_output=True,
