@@ -95,3 +95,54 @@ def _rows(axes: Axes, rows: Sequence[Any]) -> None:
     for side in ("left", "right", "top", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
+
+
+_LOSSES = (
+    ("even", "even work", BLUE),
+    ("tokens", "ranks with more tokens", PALE),
+    ("experts", "experts with more rows", "#d98a2b"),
+    ("jitter", "slower ranks", "#f0cf9b"),
+    ("network", "network", "#8c8c8c"),
+)
+"""Parts of a simulated step: key, what it is, colour."""
+
+
+def scaling_figure(values: Mapping[str, Any]) -> Figure:
+    """What `moemm plan simulate` found: efficiency by ranks, and where the time of a step goes."""
+    figure = new_figure(10.0, 4.0)
+    efficiency, parts = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.14, top=0.86, wspace=0.22)
+    for (name, points), style in zip(values["points"].items(), ("-o", "--s"), strict=False):
+        label = name if values["ep_size"] > 1 else "every rank has all experts"
+        efficiency.plot(
+            [one["ranks"] for one in points], [100 * one["efficiency"] for one in points], style,
+            color=BLUE if style == "-o" else INK, markersize=4, linewidth=1.5,
+            label=f"experts {label}" if values["ep_size"] > 1 else label,
+        )  # fmt: skip
+    efficiency.set_ylim(0.0, 105.0)
+    efficiency.set_ylabel("computing with even work / step, %")
+    efficiency.set_title("efficiency of a rank", loc="left", fontsize=10)
+    efficiency.legend(loc="lower left", fontsize=8, frameon=False)
+    _draw_parts(parts, list(values["points"].values())[-1], list(values["points"])[-1])
+    for axes in (efficiency, parts):
+        axes.set_xscale("log", base=2)
+        ranks = [one["ranks"] for one in values["points"]["in turn"]]
+        axes.set_xticks(ranks, [str(rank) for rank in ranks], fontsize=8)
+        axes.minorticks_off()
+        axes.set_xlabel(f"ranks ({values['gpus'].partition('x')[2]})")
+        for side in ("right", "top"):
+            axes.spines[side].set_visible(False)
+    return figure
+
+
+def _draw_parts(axes: Axes, points: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Time of a step, its parts above each other."""
+    ranks = [one["ranks"] for one in points]
+    unit, scale = ("ms", 1e3) if points[-1]["seconds"] < 1 else ("s", 1.0)
+    heights = [[scale * one[key] for one in points] for key, _, _ in _LOSSES]
+    axes.stackplot(ranks, heights, labels=[text for _, text, _ in _LOSSES], colors=[colour for _, _, colour in _LOSSES])
+    axes.set_ylabel(f"step, {unit}")
+    axes.set_title(f"where a step's time goes, experts {name}", loc="left", fontsize=10)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.set_ylim(0.0, 1.45 * max(map(sum, zip(*heights, strict=True))))
+    axes.legend(handles[::-1], labels[::-1], loc="upper left", fontsize=8, frameon=False, ncols=2)
