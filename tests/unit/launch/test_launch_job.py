@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from moemm.errors import LaunchError
 from moemm.launch import SlurmJob, slurm_script, submit, sweep
 from moemm.launch.slurm import seconds
-from moemm.launch.template import fill
+from moemm.launch.template import TEMPLATES, fill
 
 SRUN = """\
 #!/bin/bash
@@ -199,3 +200,10 @@ def test_templates() -> None:
     assert fill(text, {"a": "1", "b": None}) == "end\n"
     with pytest.raises(KeyError):
         fill(text, {"a": "1"})
+
+
+def test_the_templates_are_part_of_the_package() -> None:
+    root = Path(__file__).parents[3]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["moemm"]
+    shipped = {path for pattern in declared for path in (root / "moemm").glob(pattern)}
+    assert set(TEMPLATES.iterdir()) <= shipped and len(set(TEMPLATES.iterdir())) == 3
