@@ -46,6 +46,8 @@ class Plan:
     """Only this number of samples a rank and micro-batch."""
     efficiency: float | None = None
     """Share of the peak rate that training reaches, as measured on a device of the kind: 0.3 when not given."""
+    measured: bool = False
+    """The run folder's run was on devices of this kind: take the share of their peak that it reached."""
     memory: float | None = None
     """GiB of a device, in place of the kind's."""
     peak: float | None = None
@@ -61,7 +63,7 @@ class Plan:
 
     def run(self, overrides: Sequence[str]) -> int:
         """Print the plan; 0. Raises ConfigError where nothing fits."""
-        from moemm.plan import report
+        from moemm.plan import flops, report
         from moemm.plan.parameters import build_shape
         from moemm.plan.search import Wanted, search
         from moemm.plan.workload import workload
@@ -70,8 +72,10 @@ class Plan:
         shape = build_shape(loaded.config, data)
         cluster = self._cluster(loaded.config.train.precision)
         work = workload(shape)
+        if self.measured:
+            cluster = self._reached(cluster, flops.training(shape, work) / work.total, loaded.config.train.precision)
         plans = search(shape, work, cluster, Wanted(self._stage(), self.ep, self.micro_batch))
-        whence = "given" if self.efficiency is not None else "assumed"
+        whence = "measured in the run" if self.measured else "given" if self.efficiency is not None else "assumed"
         question = report.Question(loaded.config.name, cluster, report.total_steps(shape), whence)
         values = report.to_dict(shape, work, plans, question)
         if self.json:
@@ -85,6 +89,17 @@ class Plan:
         if self.zero is not None and self.zero not in range(4):
             raise ConfigError(f"--zero {self.zero}: is no ZeRO stage\n  allowed: 0, 1, 2, 3")
         return self.zero
+
+    def _reached(self, cluster: Cluster, operations: float, precision: str) -> Cluster:
+        """The cluster with the share of the peak that the run's ranks reached. operations: of a token, in training."""
+        from dataclasses import replace
+
+        from moemm.plan.trace import read_rate
+
+        if not self.subject.is_dir():
+            raise ConfigError(f"--measured: {self.subject} is no run folder; a configuration has no rate yet")
+        reached = read_rate(self.subject) * operations / cluster.device.flops(precision)
+        return replace(cluster, device=replace(cluster.device, efficiency=min(reached, 1.0), launch=0.0))
 
     def _cluster(self, precision: str) -> Cluster:
         from dataclasses import replace
@@ -216,7 +231,8 @@ class Simulate:
     efficiency: float | None = None
     """Share of the peak rate that training reaches: 0.3 when not given."""
     late: float = 0.5
-    """Share of the steps, the last ones, whose routing is drawn from."""
+    """Share of the steps, the last ones, that are looked at: the placement is fitted on the first two thirds of their
+    windows, and steps are drawn from the last third."""
     tokens: Tokens = ()
     """Tokens of a sample of a modality, in place of the data's own: image=196. May be given several times."""
     plot: Annotated[Path | None, arg(metavar="PATH")] = None
@@ -256,7 +272,8 @@ def simulated(wanted: Simulate, overrides: Sequence[str]) -> dict[str, Any]:
     cluster = parse_cluster(wanted.gpus)
     if wanted.efficiency is not None:
         cluster = replace(cluster, device=replace(cluster.device, efficiency=wanted.efficiency))
-    simulation = Simulation(shape, trace, cluster)
+    held_out = placement.split(trace)[1]
+    simulation = Simulation(shape, held_out, cluster)
     setting = Setting(wanted.zero, wanted.ep, wanted.micro_batch, wanted.jitter)
     ways = {"in turn": setting}
     if wanted.ep > 1:
@@ -266,7 +283,7 @@ def simulated(wanted: Simulate, overrides: Sequence[str]) -> dict[str, Any]:
     return {
         "run": str(wanted.run_folder), "gpus": cluster.text, "ep_size": wanted.ep, "zero_stage": wanted.zero,
         "micro_batch": wanted.micro_batch, "jitter": wanted.jitter, "efficiency": cluster.device.efficiency,
-        "windows": len(trace), "points": points,
+        "windows": len(held_out), "points": points,
     }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ DEVICES = {
     ),
     "cpu": Device(
         name="cpu", fp32=1e11, bf16=2e11, memory=16.0 * GIB, link=1e9, network=1e9, watts=100, node=2,
-        efficiency=0.30, base=0.39e9, latency=200e-6, launch=10e-6,
+        efficiency=0.30, base=0.318e9, latency=200e-6, launch=10e-6,
         source="one core of a server; base is measured (benchmarks/planner.py), the rest is a guess: give your own",
     ),
 }  # fmt: skip

@@ -83,8 +83,8 @@ def place(shape: ModelShape, trace: Trace, ep: int) -> list[LayerPlacement]:
 
     Raises ConfigError where a layer has fewer experts than the group has ranks, or there are too few windows.
     """
-    held_out = max(len(trace) // HELD_OUT, 1)
-    if len(trace) - held_out < 2:
+    fit, test = split(trace)
+    if len(fit) < 2:
         raise ConfigError(
             f"a placement needs 3 windows of routing, and the record has {len(trace)}: train longer, or with a smaller "
             "train.log_every"
@@ -93,9 +93,9 @@ def place(shape: ModelShape, trace: Trace, ep: int) -> list[LayerPlacement]:
     for layer, own in enumerate(shape.layers):
         if own.dense is not None or not own.dispatched:
             continue
-        units = units_of(shape, layer, trace)
+        units = units_of(shape, layer, fit)
         _check(units, layer, ep)
-        fit_WU, test_WU = units.load_WU[:-held_out], units.load_WU[-held_out:]
+        fit_WU, test_WU = units.load_WU, units_of(shape, layer, test).load_WU
         in_turn_U = (np.arange(len(units.ids)) + layer) % ep
         rank_U = _improved(_greedy(fit_WU, units.widths, ep), fit_WU, units.widths, ep)
         found.append(
@@ -108,6 +108,12 @@ def place(shape: ModelShape, trace: Trace, ep: int) -> list[LayerPlacement]:
     if not found:
         raise ConfigError("the model has no modality or routed experts: there is nothing to place")
     return found
+
+
+def split(trace: Trace) -> tuple[Trace, Trace]:
+    """The windows that a placement is fitted on, and the last ones, on which it is measured."""
+    held_out = max(len(trace) // HELD_OUT, 1)
+    return trace.part(slice(None, -held_out)), trace.part(slice(-held_out, None))
 
 
 def _check(units: Units, layer: int, ep: int) -> None:

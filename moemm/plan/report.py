@@ -255,4 +255,6 @@ def settings(values: Mapping[str, Any]) -> str:
     """The choice as options of `moemm train`."""
     choice = values["choice"]
     options = {"deepspeed.zero-stage": choice["zero_stage"], "train.accumulation": choice["accumulation"]}
+    if choice["ep_size"] > 1:
+        options["deepspeed.ep-size"] = choice["ep_size"]
     return " ".join(f"--{key} {value}" for key, value in options.items())

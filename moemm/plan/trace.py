@@ -79,6 +79,22 @@ def read_trace(folder: Path) -> Trace:
     )
 
 
+def read_rate(folder: Path) -> float:
+    """Tokens a second of one rank, the median of a run's reports but the first. Raises CheckpointError."""
+    try:
+        found = [line["tokens_per_second"] for line in _lines(folder / FILE) if line.get("event") == "train"]
+        newest = max((folder / "checkpoints").glob("step_*/manifest.json"), key=lambda path: path.parent.name)
+        ranks = int(json.loads(newest.read_text(encoding="utf-8"))["world_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: the rate of the run is not known: {FILE} or the newest manifest of its checkpoints cannot be "
+            f"read ({error})\n  to do: give --efficiency"
+        ) from error
+    if len(found) < 2:
+        raise CheckpointError(f"{folder / FILE} holds {len(found)} reports, and two are needed: give --efficiency")
+    return float(np.median(found[1:])) / ranks
+
+
 def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     names: dict[str, Any] | None = None
     windows: list[dict[str, Any]] = []

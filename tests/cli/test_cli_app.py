@@ -53,7 +53,8 @@ def test_groups_have_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["config", "shwo"], "moemm config has no verb 'shwo'; did you mean show?"),
         (
             ["xyzzy"],
-            "verbs: analyze, bench, config, data, doctor, evaluate, extend, inspect, launch, merge, plan, report, train, upcycle",
+            "verbs: analyze, bench, config, data, doctor, evaluate, extend, inspect, launch, merge, plan, report, "
+            "train, upcycle",
         ),
         (["train", "a.yaml", "--resmue"], "moemm train has no option --resmue; did you mean --resume?"),
         (["train", "a.yaml", "--dim", "3"], "moemm train has no option --dim; did you mean --model.dim?"),

@@ -49,7 +49,7 @@ def trace_of(load_WLME: np.ndarray, tokens_WM: np.ndarray) -> Trace:
 
 
 def opposite(count: int, seed: int = 0) -> Trace:
-    """Half of the experts serve the left modality, half the right one; a window has much of one, little of the other."""
+    """Half of the experts serve the left modality, half the right one; windows have much of one of them."""
     random = np.random.default_rng(seed)
     share_W = np.where(np.arange(WINDOWS) % 2, 0.9, 0.1)
     tokens_WM = np.stack([share_W, 1 - share_W], axis=1) * 10_000
@@ -212,6 +212,26 @@ def test_a_run_without_its_data_is_planned_by_its_record(run: Path, capsys: pyte
     # 10,000 tokens a window of one step of 100 samples, of which each has one modality.
     assert values["data"]["tokens_per_sample_total"] == pytest.approx(100.0)
     assert "the record of" in values["data"]["source"]
+
+
+def test_the_rate_of_a_run_is_taken_where_that_is_asked_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(run), "--gpus", "2xcpu", "--measured", "--json"]
+    assert main(arguments) == 4 and "give --efficiency" in capsys.readouterr().err
+    manifest = run / "checkpoints" / "step_00000030" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"world_size": 2}')
+    reports = [{"event": "train", "tokens_per_second": rate} for rate in (1.0, 5000.0, 5000.0)]
+    record = run / "metrics.jsonl"
+    record.write_text("\n".join(map(json.dumps, reports)) + "\n" + record.read_text())
+    assert main(arguments) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["gpus"]["efficiency_from"] == "measured in the run"
+    # Two ranks like those of the run compute as it did.
+    computed = (
+        values["choice"]["batch_size"] * values["data"]["tokens_per_sample_total"] / values["choice"]["computing"]
+    )
+    assert computed == pytest.approx(5000.0, rel=1e-6)
+    assert main(["plan", str(run / "config.yaml"), "--measured"]) in (2, 3)
 
 
 def test_the_verbs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
