@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.faults import long, ranks, samples, saves, values
+from benchmarks.faults import launched, long, ranks, samples, saves, values
 from benchmarks.faults.outcome import Outcome
 from benchmarks.faults.saves import Runs
 from benchmarks.record import Row
@@ -46,7 +46,7 @@ ROWS: dict[int, tuple[int, Make]] = {
     3: (len(ranks.KILLED), ranks.kill_in_phase),
     4: (1000, _of_runs(saves.damage)),
     5: (len(saves.FULL), _of_runs(saves.full_disk)),
-    6: (len(saves.SIGNALS), _of_runs(saves.stop_by_signal)),
+    6: (len(saves.SIGNALS) + len(launched.LAUNCHED), _of_runs(saves.stop_by_signal)),
     7: (30, _of_runs(saves.go_on)),
     8: (len(values.CASES), values.run),
     9: (len(ranks.DEATHS), ranks.die),

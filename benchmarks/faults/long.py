@@ -29,11 +29,10 @@ POISONED, FULL, FIRST = 97, 7, 0.2
 
 
 def resident() -> float:
-    """MiB of this process that are in memory and its own."""
+    """MiB of this process that are in memory. Not its own alone: a fork makes pages its own bit by bit."""
     gc.collect()
-    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
-        own = [int(line.split()[1]) for line in file if line.startswith(("Private_Clean", "Private_Dirty"))]
-    return sum(own) / 1024
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024
 
 
 def open_files() -> int:

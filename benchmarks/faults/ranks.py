@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.faults.outcome import Outcome, spread
 from moemm.errors import LaunchError
-from moemm.testing.forked import ForkedResult, Nursery
+from moemm.testing.forked import Nursery, RankResult
 from moemm.testing.tiny import tiny_config
 
 PHASES = ("data", "forward", "dispatch", "backward", "harmonize", "step", "log")
@@ -69,7 +69,7 @@ def die(nursery: Nursery, folder: Path, count: int, *, of: Sequence[tuple[str, s
     return Outcome(DIE, len(cases), wrong)
 
 
-def _judge(fault: str, found: list[ForkedResult], victim: int, phase: str) -> list[str]:
+def _judge(fault: str, found: list[RankResult], victim: int, phase: str) -> list[str]:
     other = found[1 - victim]
     said = re.search(rf"Rank {victim} (is gone|hangs|ended).*last seen in {phase} of step", other.output)
     ended = min(found[victim].seconds, other.seconds) if fault.split(":")[0] != "stop" else 0.0

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults.launched import LAUNCHED, judge
 from benchmarks.faults.outcome import Outcome, spread
 from moemm.checkpoint import newest_complete, verify
 from moemm.errors import CheckpointError, LaunchError
 from moemm.points import SAVE
-from moemm.testing.forked import ForkedResult, Nursery
+from moemm.testing.forked import Nursery, RankResult
 from moemm.testing.tiny import tiny_config
 from moemm.train.signals import EXIT_CODES
 
@@ -35,7 +36,7 @@ KILLS = list(itertools.product(SAVE, ("0", "1", "all"), STAGES))
 """Row 1: point x victim x ZeRO stage."""
 FULL = list(itertools.product(("save.begin", "save.folder", "save.file", "save.written", "save.hashed"), (0, 1)))
 """Row 5: point x rank; each with a full and with a read-only disk."""
-SIGNALS = [
+SIGNALS: list[tuple[str, str]] = [
     *itertools.product(("term", "int", "usr1"), ("one rank", "all ranks")),
     ("int twice", "one rank"),
 ]
@@ -46,12 +47,12 @@ class Runs:
     """Tiny runs in a folder, and what they must come to, by ZeRO stage."""
 
     def __init__(self, nursery: Nursery, folder: Path, *, steps: int = STEPS) -> None:
-        self.nursery, self._folder, self._steps = nursery, folder, steps
+        self.nursery, self.folder, self._steps = nursery, folder, steps
         self._whole: dict[int, tuple[list[float], bytes]] = {}
 
     def config(self, name: str, stage: int) -> Path:
         """Of a run of this name, which is not there yet."""
-        folder = self._folder / name
+        folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return tiny_config(
@@ -61,7 +62,7 @@ class Runs:
             deepspeed={"zero_stage": stage, "timeout_s": 20},
         ).path
 
-    def train(self, config: Path, fault: str = "", *more: str, ranks: int = 2) -> list[ForkedResult]:
+    def train(self, config: Path, fault: str = "", *more: str, ranks: int = 2) -> list[RankResult]:
         """`moemm train`, with a fault."""
         environ = {"MOEMM_FAULT": fault} if fault else {}
         return self.nursery.moemm(["train", str(config), *more], ranks=ranks, environ=environ, timeout_s=180)
@@ -234,21 +235,27 @@ def _three_failures(runs: Runs, fault: str, stage: int) -> str:
 def stop_by_signal(runs: Runs, count: int) -> Outcome:
     """Row 6: one save at a step boundary and a documented exit code; a second SIGINT ends at once."""
     wrong = []
-    cases = spread(SIGNALS, count)
+    cases = spread([*SIGNALS, *LAUNCHED], count)
     for number, (kind, target) in enumerate(cases):
-        stage, where = STAGES[number % 4], ",rank=1" if target == "one rank" else ""
-        config = runs.config("signal", stage)
-        name = kind.split()[0]
-        fault = f"{name}:forward@step=3{where}"
-        if kind == "int twice":
-            fault += f";sleep:backward@step=3{where},seconds=1.3;int:step@step=3{where}"
-        text = _stopped(runs.train(config, fault), config, kind) or _goes_on(runs, config, stage)
+        if isinstance(target, signal.Signals):
+            text = judge(runs.folder / f"launched_{number}", kind, target)
+        else:
+            text = signalled(runs, kind, target, STAGES[number % 4])
         if text:
-            wrong.append(f"{kind} to {target}, ZeRO {stage}: {text}")
+            wrong.append(f"{kind}, {target}: {text}")
     return Outcome(SIGNAL, len(cases), wrong)
 
 
-def _stopped(found: list[ForkedResult], config: Path, kind: str) -> str:
+def signalled(runs: Runs, kind: str, target: str, stage: int) -> str:
+    """What was wrong with a case of SIGNALS, stopped and gone on from; empty where it went as it must."""
+    config, where = runs.config("signal", stage), ",rank=1" if target == "one rank" else ""
+    fault = f"{kind.split()[0]}:forward@step=3{where}"
+    if kind == "int twice":
+        fault += f";sleep:backward@step=3{where},seconds=1.3;int:step@step=3{where}"
+    return _stopped(runs.train(config, fault), config, kind) or _goes_on(runs, config, stage)
+
+
+def _stopped(found: list[RankResult], config: Path, kind: str) -> str:
     codes = [one.returncode for one in found]
     if kind == "int twice":
         return "" if codes == [LaunchError.exit_code, -signal.SIGINT] else f"ended with {codes}"

@@ -24,7 +24,8 @@ def test_disk_full(runs: Runs) -> None:
 
 
 def test_signals(runs: Runs) -> None:
-    assert saves.stop_by_signal(runs, 1).wrong == []
+    kind, target = saves.SIGNALS[0]
+    assert saves.signalled(runs, kind, target, 2) == ""
 
 
 def test_broken_files_of_a_checkpoint_of_two_ranks(runs: Runs) -> None:
@@ -34,5 +35,5 @@ def test_broken_files_of_a_checkpoint_of_two_ranks(runs: Runs) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("row", ["kill_at_random", "go_on"])
 def test_the_other_rows(runs: Runs, row: str) -> None:
-    outcome = getattr(saves, row)(Runs(runs.nursery, runs._folder / row), 8)
+    outcome = getattr(saves, row)(Runs(runs.nursery, runs.folder / row), 8)
     assert outcome.wrong == []
