@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from moemm.observe.status import run_status as run_status
     from moemm.ops import backend_info as backend_info
     from moemm.plugins import load_plugin as load_plugin
+    from moemm.train import export_run as export_run
+    from moemm.train import load as load
     from moemm.train import load_run as load_run
     from moemm.train import train as train_run  # noqa: F401
 
@@ -41,7 +43,9 @@ _PUBLIC = {
     "backend_info": ("moemm.ops", "backend_info"),
     "build_model": ("moemm.models", "build_model"),
     "evaluate_run": ("moemm.evaluate", "evaluate_run"),
+    "export_run": ("moemm.train", "export_run"),
     "extend": ("moemm.growth", "extend"),
+    "load": ("moemm.train", "load"),
     "load_config": ("moemm.config", "load_config"),
     "load_plugin": ("moemm.plugins", "load_plugin"),
     "load_run": ("moemm.train", "load_run"),

@@ -129,6 +129,26 @@ VERBS: dict[str, Verb] = {
         help="a step on up to 1,024 ranks, with the run's routing",
         overrides=True,
     ),
+    "checkpoint list": Verb(
+        usage="RUN",
+        target="moemm.cli.checkpoint:List",
+        help="checkpoints of a run: step, size, complete or not",
+    ),
+    "checkpoint verify": Verb(
+        usage="RUN",
+        target="moemm.cli.checkpoint:Verify",
+        help="read them all and compare hashes",
+    ),
+    "checkpoint prune": Verb(
+        usage="RUN",
+        target="moemm.cli.checkpoint:Prune",
+        help="take older ones and left-overs away",
+    ),
+    "export": Verb(
+        usage="RUN OUT",
+        target="moemm.cli.export:Export",
+        help="a trained model as one folder, for inference",
+    ),
     "report": Verb(
         usage="RUN",
         target="moemm.cli.report:Report",

@@ -130,11 +130,17 @@ def _zero(config: Config, key: str) -> str | None:
         return f"DeepSpeed has no such key{did_you_mean(key, keys.ZERO_PASSED | keys.ZERO_OWNED.keys())}"
     if key.startswith("stage3_") or key == "offload_param":
         return None if stage == 3 else f"needs deepspeed.zero_stage 3, which is {stage}"
+    if key in ("offload_optimizer", "offload_param") and _on_nvme(config.deepspeed.extra["zero_optimization"][key]):
+        return "puts states on NVMe, which moemm's checkpoints cannot hold; give device: cpu"
     if key == "offload_optimizer" and stage == 0:
         return "needs deepspeed.zero_stage >= 1, which is 0"
     if key == "compute_grad_norm" and config.train.clip > 0:
         return "is what clipping needs; leave it out, or set train.clip to 0"
     return None
+
+
+def _on_nvme(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("device") == "nvme"
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

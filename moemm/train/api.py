@@ -180,13 +180,18 @@ def load_outline(path: Path | str, *, plugins: Sequence[Path | str] = ()) -> Run
     Raises CheckpointError: no run, or files of it that cannot be read.
     """
     folder = Path(path)
-    config = _stored_config(folder, plugins)
-    specs, stored = load_stored(folder)
-    catalogue = stored_catalogue(stored)
     try:
         step = newest_complete(folder / CHECKPOINTS).manifest.step
     except CheckpointError:
         step = 0
+    return described_run(folder, plugins, step)
+
+
+def described_run(folder: Path, plugins: Sequence[Path | str], step: int) -> Run:
+    """A run with fresh weights from the files in `folder` alone. plugins, and what is raised, as `load_outline`."""
+    config = _stored_config(folder, plugins)
+    specs, stored = load_stored(folder)
+    catalogue = stored_catalogue(stored)
     with torch.random.fork_rng(devices=[]):
         model = seeded_model(Setup(config, catalogue, specs, folder, step), torch.device("cpu"))
     return Run(config, catalogue, specs, model.eval(), folder, step)

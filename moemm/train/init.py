@@ -31,11 +31,12 @@ def source(init: str) -> tuple[Path, Manifest, Path]:
     """Checkpoint folder of `train.init` with every hash verified, its manifest, the run folder. Or CheckpointError."""
     path = Path(init)
     if (path / FILE_NAME).is_file():
-        return path, verify(path), path.parent.parent
+        exported = (path / "modalities.json").is_file()
+        return path, verify(path), path if exported else path.parent.parent
     if not (path / "checkpoints").is_dir():
         raise CheckpointError(
             f"train.init: {path} is neither a run folder nor a checkpoint of one.\n"
-            f"  allowed: a folder with checkpoints/, or one of its step_* folders with a {FILE_NAME}\n"
+            f"  allowed: a folder with checkpoints/, one of its step_* folders with a {FILE_NAME}, or an export\n"
             "  to do: give train.output of the run to begin with"
         )
     found = newest_complete(path / "checkpoints")

@@ -339,6 +339,10 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"deepspeed": {"extra": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}},
         r"needs deepspeed\.zero_stage >= 1",
     ),
+    "states that no checkpoint can hold": (
+        {"deepspeed": {"zero_stage": 3, "extra": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}},
+        r"offload_optimizer: puts states on NVMe, which moemm's checkpoints cannot hold",
+    ),
     "clipping without a norm": (
         {"deepspeed": {"zero_stage": 1, "extra": {"zero_optimization": {"compute_grad_norm": False}}}},
         r"compute_grad_norm: is what clipping needs",
