@@ -24,7 +24,6 @@ from moemm.checkpoint.state import RankState
 from moemm.distributed import connect
 from moemm.errors import CheckpointError, HealthError
 from moemm.testing.tiny import tiny_config
-from moemm.train import trainer as trainer_module
 from moemm.train.callbacks import Callback, CheckpointingCallback
 from moemm.train.setup import prepare
 from moemm.train.signals import StopRequest
@@ -262,21 +261,15 @@ def test_a_signal_waits_for_what_is_under_way(tiny_data: Path, tmp_path: Path, m
 
 
 def test_an_error_waits_for_what_is_under_way(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken() -> None:
         threading.Timer(0.2, gate.opened.set).start()
         raise HealthError("the loss is not finite")
 
     gate = Gate(monkeypatch)
-    monkeypatch.setattr(trainer_module, "refuse_loss", broken)
-    trainer = build(tiny_data, tmp_path, CheckpointingCallback(every=2), steps=9, checkpoint=BACKGROUND)
-    trainer._callbacks.append(At(2, lambda: poison(trainer)))
+    saves = CheckpointingCallback(every=2)
+    trainer = build(tiny_data, tmp_path, saves, At(3, broken), steps=9, checkpoint=BACKGROUND)
     with pytest.raises(HealthError):
         trainer.run()
     assert names(trainer) == ["latest", "step_000002"]
     assert newest_complete(trainer.setup.checkpoints).manifest.step == 2
     trainer.close()
-
-
-def poison(trainer: Trainer) -> None:
-    with torch.no_grad():
-        next(trainer.engine.model.parameters()).fill_(float("nan"))
