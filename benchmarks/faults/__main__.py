@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks import record
 from benchmarks.faults import launched, long, ranks, samples, saves, values
@@ -63,6 +64,10 @@ WHAT = {
 NOT_TRIED = "not tried on this machine yet"
 
 
+def _number(row: dict[str, Any]) -> str:
+    return str(row["case"]).partition(":")[0]
+
+
 def rows_of(number: int, outcome: Outcome) -> list[Row]:
     """The lines of the table."""
     case = f"{number}: {outcome.case}"
@@ -104,8 +109,9 @@ def main() -> None:
         ]
     if options.share == 1.0:
         mine = [str(number) for number in wanted]
-        kept = record.keep("faults", mine, lambda one: one["case"].partition(":")[0])
-        record.write("faults", found, seconds=time.perf_counter() - began, kept=kept)
+        kept = record.keep("faults", mine, _number)
+        rows = sorted([*kept.rows, *map(record.as_dict, found)], key=lambda one: int(_number(one)))
+        record.write("faults", [], seconds=time.perf_counter() - began, kept=kept._replace(rows=rows))
     sys.exit(int(failed))
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def test_a_point_notes_the_place_and_does_nothing_else() -> None:
     point("dispatch")
     assert (place().name, place().step, place().number) == ("dispatch", 7, before.number + 2)
     assert place().since <= time.monotonic()
+
+
+def test_a_thread_passes_points_and_the_process_stays_where_it_is() -> None:
+    point("forward", step=3)
+    with armed("erofs:save.file@step=3") as (fault,):
+        with ThreadPoolExecutor(1) as aside, pytest.raises(OSError, match="Read-only"):
+            aside.submit(point, "save.file").result()
+        assert fault.passes == 1
+    assert (place().name, place().step) == ("forward", 3)
 
 
 def test_every_point_is_passed_somewhere() -> None:
