@@ -8,8 +8,14 @@ from moemm.config.problem import KeyPath, Problem
 from moemm.config.schema import Config, HarmonizeConfig
 
 ROOT: KeyPath = ("harmonize",)
-_TRAPS = (("data_types",), ("zero_optimization", "offload_optimizer"), ("zero_optimization", "offload_param"))
-"""Keys of `deepspeed.extra` with which a gradient is elsewhere, or in parts, when the engine is asked for it."""
+_TRAPS = (
+    ("data_types",),
+    ("zero_optimization", "offload_optimizer"),
+    ("zero_optimization", "offload_param"),
+    ("zero_optimization", "round_robin_gradients"),
+)
+"""Keys of `deepspeed.extra` with which a gradient is elsewhere, in parts, or another's when the engine is asked for it:
+with round_robin_gradients DeepSpeed 0.19.8 takes fragments by the order before it reordered the parameters."""
 METHODS = (
     "sum",
     "realign",

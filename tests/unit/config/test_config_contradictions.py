@@ -343,6 +343,13 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"deepspeed": {"zero_stage": 3, "extra": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}},
         r"offload_optimizer: puts states on NVMe, which moemm's checkpoints cannot hold",
     ),
+    "reordered gradients asked for at the trunk": (
+        {
+            "harmonize": {"method": "upgrad", "at": "trunk"},
+            "deepspeed": {"zero_stage": 1, "extra": {"zero_optimization": {"round_robin_gradients": True}}},
+        },
+        r"round_robin_gradients: keeps gradients where `harmonize.at: trunk` cannot read and write them",
+    ),
     "clipping without a norm": (
         {"deepspeed": {"zero_stage": 1, "extra": {"zero_optimization": {"compute_grad_norm": False}}}},
         r"compute_grad_norm: is what clipping needs",
