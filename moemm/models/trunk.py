@@ -70,6 +70,24 @@ class Block(nn.Module):
         return x_TD + self.dropout(out_TD), stats
 
 
+class _ComputeAgainFirst(torch.autograd.Function):
+    """The last node of a block, which has the block computed again before the backward pass of any other.
+
+    A block is computed again where the first of its nodes asks for what it saved. Were that a node of a module, ZeRO-3
+    would have fetched the module's weights just before, and let go of them at the end of computing it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_TD.new_empty(0))
+        return x_TD.view_as(x_TD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        assert len(ctx.saved_tensors) == 1
+        return gradients[0]
+
+
 class TrunkOutput(NamedTuple):
     """states: the stream (T, D) after the last block (with `predict_every_block` after each), through the last norm.
 
@@ -116,10 +134,15 @@ class Trunk(nn.Module):
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             out: tuple[torch.Tensor, RouterStats | None] = block(*inputs)
             return out
+
         # Re-entrant checkpointing would hide parameters from the graph that the guard reads. A block that stops early
         # would leave out the hooks with which ZeRO-3 lets go of weights.
+        def run(*inputs: Any) -> tuple[torch.Tensor, RouterStats | None]:
+            x_TD, stats = block(*inputs)
+            return _ComputeAgainFirst.apply(x_TD), stats
+
         with set_checkpoint_early_stop(False):
-            again: tuple[torch.Tensor, RouterStats | None] = checkpoint(block, *inputs, use_reentrant=False)
+            again: tuple[torch.Tensor, RouterStats | None] = checkpoint(run, *inputs, use_reentrant=False)
         return again
 
     @property

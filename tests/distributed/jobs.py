@@ -306,6 +306,7 @@ RECOMPUTED: dict[str, dict[str, Any]] = {
         "train": {"accumulation": 2},
     },
     "every block": {"model": {"dropout": 0.2, "predict_every_block": True}},
+    "without dropout": {},  # whose mask would be the first thing that a block's backward pass asks for
 }
 
 

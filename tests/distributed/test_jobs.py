@@ -34,7 +34,7 @@ HARMONIZED = [
     ("gradnorm", 0),
     ("gradnorm", 3),
 ]
-RECOMPUTED = [*product(("settled",), STAGES), ("every block", 2), ("every block", 3)]
+RECOMPUTED = [*product(("settled",), STAGES), ("every block", 2), ("every block", 3), ("without dropout", 3)]
 CASES = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")]
 
 
