@@ -61,7 +61,8 @@ class Traffic:
 def count_traffic() -> Iterator[Traffic]:
     """Count the collectives of all process groups until the end of the block. Groups of one rank count nothing."""
     traffic = Traffic()
-    kept = {name: getattr(ProcessGroup, name) for name in _KINDS if hasattr(ProcessGroup, name)}
+    # From the class itself: what getattr gives would, set again, get no group any more.
+    kept = {name: vars(ProcessGroup)[name] for name in _KINDS if name in vars(ProcessGroup)}
     for name, method in kept.items():
         setattr(ProcessGroup, name, _counted(method, _KINDS[name][0] or name, _KINDS[name][1], traffic))
     try:
