@@ -148,18 +148,39 @@ def _surplus(found: _Found) -> list[str]:
 def full_weights(model: nn.Module, world: World, *, master: bool) -> dict[str, torch.Tensor]:
     """All weights and persistent buffers, whole, on the CPU, fp32 where floating; empty on ranks other than 0.
 
+    Parameters that rank 0 does not have, experts that are spread over ranks, come from the lowest rank that has them.
     master: take the optimizer's fp32 copies of bf16 weights. Collective: all ranks call it together.
     """
-    parameters = dict(model.named_parameters())
-    gathered: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
+    own: dict[str, torch.Tensor] = {}
+    everyone = gather_objects([name for name, _ in model.named_parameters()])
+    owner = {name: rank for rank, names in reversed(list(enumerate(everyone))) for name in names}
+    for name, parameter in model.named_parameters():
         tensor = _whole(parameter, master)
-        if world.is_main:
-            gathered[name] = _plain(tensor)
+        if owner[name] == world.rank:
+            own[name] = _plain(tensor)
+    gathered = _gather(own, owner, world)
     if world.is_main:
-        buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
+        buffers = {name: value for name, value in model.state_dict().items() if name not in owner}
         gathered |= {name: _plain(value) for name, value in buffers.items()}
     return gathered
+
+
+def _gather(own: dict[str, torch.Tensor], owner: Mapping[str, int], world: World) -> dict[str, torch.Tensor]:
+    """The tensors of all ranks on rank 0; nothing on the others."""
+    away = sorted(name for name, rank in owner.items() if rank)
+    if not away:
+        return own if world.is_main else {}
+    shapes: dict[str, Any] = {}
+    for part in gather_objects({name: (one.shape, one.dtype) for name, one in own.items() if name in set(away)}):
+        shapes |= part
+    for name in away:
+        if world.is_main:
+            shape, dtype = shapes[name]
+            own[name] = torch.empty(shape, dtype=dtype)
+            torch.distributed.recv(own[name], src=owner[name])
+        elif owner[name] == world.rank:
+            torch.distributed.send(own[name], dst=0)
+    return own if world.is_main else {}
 
 
 def _whole(parameter: nn.Parameter, master: bool) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Typed, strict configuration: YAML and overrides in, a checked `Config` out. Imports no torch."""
 
-from moemm.config.deepspeed import check_ranks, deepspeed_section
+from moemm.config.deepspeed import check_ranks, deepspeed_section, require_ranks
 from moemm.config.dump import config_hash, save_config, show, to_dict, to_yaml
 from moemm.config.load import LoadedConfig, from_dict, load_config
 from moemm.config.schema import (
@@ -33,6 +33,7 @@ __all__ = [
     "deepspeed_section",
     "from_dict",
     "load_config",
+    "require_ranks",
     "save_config",
     "show",
     "to_dict",

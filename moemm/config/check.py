@@ -9,6 +9,7 @@ from itertools import combinations
 from moemm.config.check_experts import EXPERT_RULES
 from moemm.config.check_harmonize import HARMONIZE_RULES
 from moemm.config.check_objectives import OBJECTIVE_RULES
+from moemm.config.check_spread import SPREAD_RULES
 from moemm.config.deepspeed import check_extra
 from moemm.config.entry import entry_names
 from moemm.config.joint import check_joint, samples_of
@@ -197,4 +198,5 @@ RULES: tuple[Rule, ...] = (
     _observe,
     _precision,
     check_extra,
+    *SPREAD_RULES,
 )

@@ -21,6 +21,7 @@ USED_AS = {
     "train.clip": "gradient_clipping (always written: DeepSpeed clips at 1.0 if it is not)",
     "train.precision": "bf16.enabled",
     "deepspeed.zero_stage": "zero_optimization.stage",
+    "deepspeed.ep_size": "size of its expert-parallel groups; their parameters are its MoE parameters",
     "deepspeed.extra": "merged into DeepSpeed's configuration",
     "deepspeed.timeout_s": "timeout of init_distributed",
     "train.lr": "learning rate of the AdamW that the engine gets",
@@ -36,13 +37,9 @@ def deepspeed_section(config: Config, *, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a run on `world_size` ranks.
 
     No optimizer and no scheduler: the engine is given moemm's AdamW and schedule.
-    Raises ConfigError if the batch does not divide over the ranks.
+    Raises ConfigError if the batch does not divide over the ranks, or the ranks over `ep_size`.
     """
-    if world_size < 1:
-        raise ConfigError(f"a run needs at least 1 rank, not {world_size}")
-    problems = list(check_ranks(config, world_size=world_size))
-    if problems:
-        raise config_error(problems, name=f"{config.name} on {world_size} ranks")
+    require_ranks(config, world_size=world_size)
     train = config.train
     section: dict[str, Any] = {
         "train_batch_size": train.batch_size,
@@ -59,8 +56,17 @@ def deepspeed_section(config: Config, *, world_size: int) -> dict[str, Any]:
     return _merged(section, config.deepspeed.extra)
 
 
+def require_ranks(config: Config, *, world_size: int) -> None:
+    """Raises ConfigError for a batch or experts that cannot be dealt out to `world_size` ranks."""
+    if world_size < 1:
+        raise ConfigError(f"a run needs at least 1 rank, not {world_size}")
+    problems = list(check_ranks(config, world_size=world_size))
+    if problems:
+        raise config_error(problems, name=f"{config.name} on {world_size} ranks")
+
+
 def check_ranks(config: Config, *, world_size: int) -> Iterator[Problem]:
-    """The problem of a batch that cannot be dealt out to `world_size` ranks, if it is one."""
+    """The problems of a batch or of experts that cannot be dealt out to `world_size` ranks, if there are any."""
     train = config.train
     if train.batch_size % (train.accumulation * world_size):
         yield Problem(
@@ -68,6 +74,14 @@ def check_ranks(config: Config, *, world_size: int) -> Iterator[Problem]:
             message=f"cannot be dealt out to {world_size} ranks x {train.accumulation} accumulation steps",
             given=train.batch_size,
             allowed=f"a multiple of {world_size * train.accumulation}",
+        )
+    ep_size = config.deepspeed.ep_size
+    if world_size % ep_size:
+        yield Problem(
+            path=("deepspeed", "ep_size"),
+            message=f"does not divide the {world_size} ranks of this run, so that some groups would lack experts",
+            given=ep_size,
+            allowed=", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0),
         )
 
 

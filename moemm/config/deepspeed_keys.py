@@ -57,7 +57,7 @@ OWNED = {
 UNUSED = {
     "autotuning": "moemm is started without DeepSpeed's autotuner",
     "compile": "moemm does not compile through DeepSpeed",
-    "expert_parallel": "moemm has its own experts",
+    "expert_parallel": "moemm spreads experts itself: deepspeed.ep_size",
     "gradient_allreduce_op": "moemm's losses are those of the global batch, which needs the mean over ranks",
     "hybrid_engine": "it is for generation with language models",
     "pipeline": "the model is no pipeline module",

@@ -495,6 +495,12 @@ class DeepSpeedConfig:
 
     zero_stage: Annotated[int, Ge(0), Le(3)] = 0
     """ZeRO stage: what is sharded over ranks. 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    ep_size: Count = 1
+    """Ranks over which the modality and routed experts of each layer are spread; must divide the ranks. 1: every rank
+    has all of them. docs/parallel.md."""
+    placement: dict[str, list[Annotated[int, Ge(0)]]] = field(default_factory=dict)
+    """With `ep_size`: expert id -> its position among the ep_size ranks, one number for all layers or one for each.
+    Dealt out in turn when not given."""
     timeout_s: Positive = 120.0
     """Seconds after which a collective that lacks a rank ends the run."""
     extra: dict[str, Any] = field(default_factory=dict)

@@ -13,16 +13,19 @@ from moemm.distributed.collectives import (
     sum_over_ranks,
 )
 from moemm.distributed.environment import World, connect, disconnect, prepare_environment
+from moemm.distributed.groups import ExpertGroups, expert_groups
 from moemm.distributed.places import on_board
 from moemm.distributed.threads import choose_cpu_threads
 
 __all__ = [
+    "ExpertGroups",
     "World",
     "agree",
     "broadcast_object",
     "choose_cpu_threads",
     "connect",
     "disconnect",
+    "expert_groups",
     "gather_objects",
     "gather_rows",
     "last_collective",

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moemm.distributed.groups import forget_expert_groups
 from moemm.errors import LaunchError
 
 _RANK_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -191,5 +192,6 @@ def _refuse_taken_port(port: int) -> None:
 
 def disconnect() -> None:
     """Leave the process group, if this process is in one."""
+    forget_expert_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -6,6 +6,7 @@ T tokens, D width, E experts that are dispatched to (hard ones first, then route
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,11 @@ from torch import nn
 from moemm.config.experts import Expert
 from moemm.config.schema import ExpertsBackend, RouterConfig
 from moemm.moe.backends import expert_runner
+from moemm.moe.dispatcher import Dispatcher, LocalDispatcher, SpreadDispatcher
+from moemm.moe.exchange import Group
 from moemm.moe.expert_map import ExpertMap
 from moemm.moe.experts import FeedForward, LowRank
+from moemm.moe.placement import dispatched as dispatched_experts
 from moemm.moe.router import Router
 from moemm.moe.routers import Routed
 from moemm.moe.stats import RouterStats
@@ -40,7 +44,7 @@ class MoELayer(nn.Module):
 
     expert_map: of the whole trunk; `layer` picks its part. All dispatched experts run in one op, which gives each a
     gradient, zeros where it has no rows: each rank's parameters get theirs in the same order (ZeRO-1 and 2 mix them up
-    otherwise).
+    otherwise). `spread` leaves the layer with some of its experts, and sends tokens to the ranks that have the others.
     """
 
     hard_MK: torch.Tensor
@@ -54,11 +58,13 @@ class MoELayer(nn.Module):
         self._z3_leaf = True
         self.map, self.activation = expert_map.at_layer(layer), shape.activation
         routed, everywhere = self.map.of_role("routed"), [e.id for e in expert_map.of_role("routed")]
-        dispatched = [e for e in (*self.map.of_role("hard"), *routed) if e.kind != "zero"]
+        dispatched = dispatched_experts(self.map)
         networks = {e.id: _network(e, shape) for e in self.map.experts if e.width}
         self.shared = nn.ModuleDict({e.id: networks[e.id] for e in self.map.of_role("shared")})
         self.experts = nn.ModuleDict({e.id: networks.get(e.id) or _low_rank(e, networks) for e in dispatched})
         self.run_experts = expert_runner(shape.backend, widths=[_width(e, networks) for e in dispatched])
+        self.dispatcher: Dispatcher = LocalDispatcher(self.run_experts)
+        self.num_dispatched = len(dispatched)
         self.base = {e.id: e.base for e in dispatched if e.base}
         place = {e.id: number for number, e in enumerate(dispatched)}
         # One entry more, -1, for what a slot without expert (-1) looks up.
@@ -76,21 +82,45 @@ class MoELayer(nn.Module):
 
         target_T: (T,) int64, see Router.
         """
-        shared = [network(x_TD) for network in self.shared.values()]
-        shared_TD = functools.reduce(torch.add, shared) if shared else None
-        slots, stats = self._slots(x_TD, row_T, target_T)
-        if not self.experts:
-            return torch.zeros_like(x_TD) if shared_TD is None else shared_TD, stats
+        if self.is_spread:  # what is computed beside the exchange of tokens comes behind the router
+            slots, stats = self._slots(x_TD, row_T, target_T)
+            beside = functools.partial(self._shared, x_TD)
+        else:
+            shared_TD = self._shared(x_TD)
+            slots, stats = self._slots(x_TD, row_T, target_T)
+            beside = functools.partial(_given, shared_TD)
+        if not self.num_dispatched:
+            added_TD = beside()
+            return torch.zeros_like(x_TD) if added_TD is None else added_TD, stats
         gates_TK, experts_TK = (torch.cat(part, dim=1) for part in zip(*slots, strict=True))
         point("dispatch")
-        w1, w2 = self._weights()
-        out_TD = self.run_experts(x_TD, gates_TK, experts_TK, w1, w2, residual_TD=shared_TD, activation=self.activation)
+        out_TD = self.dispatcher(
+            x_TD, gates_TK, experts_TK, self._weights(), beside=beside, activation=self.activation
+        )  # fmt: skip
         return out_TD, stats
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether some of the layer's experts are on other ranks."""
+        return isinstance(self.dispatcher, SpreadDispatcher)
+
+    def spread(self, positions: Mapping[str, int], *, group: Group, position: int) -> None:
+        """Keep those dispatched experts that are at this rank's position of an expert-parallel group, and drop the
+        others. positions: id -> position, of all of them (moe/placement.py). A layer that sends no tokens stays as it
+        is. Once, before an optimizer has the parameters.
+        """
+        assert not self.is_spread
+        if not self.num_dispatched:
+            return
+        ids = list(self.experts)
+        spread = SpreadDispatcher(self.run_experts, ids, positions, group=group, position=position)
+        self.dispatcher = spread.to(self.place_E.device)
+        self.experts = nn.ModuleDict({name: self.experts[name] for name in ids if positions[name] == position})
 
     @property
     def num_choices(self) -> int:
         """X of `choice`: routed experts, those dispatched to (of which it takes hard ones), and none of both."""
-        return len(self.place_E) - 1 + len(self.experts) + 1
+        return len(self.place_E) - 1 + self.num_dispatched + 1
 
     @property
     def tells_apart(self) -> bool:
@@ -115,6 +145,10 @@ class MoELayer(nn.Module):
         routed_T = experts_TK.gather(1, best_T1)[:, 0]
         return torch.where(routed_T >= 0, routed_T, choice_T)
 
+    def _shared(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        shared = [network(x_TD) for network in self.shared.values()]
+        return functools.reduce(torch.add, shared) if shared else None
+
     def _slots(
         self, x_TD: torch.Tensor, row_T: torch.Tensor, target_T: torch.Tensor | None
     ) -> tuple[list[Slots], RouterStats | None]:
@@ -131,7 +165,7 @@ class MoELayer(nn.Module):
         return slots, stats
 
     def _weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """w1 and w2 of every dispatched expert."""
+        """w1 and w2 of every dispatched expert that is here."""
         networks = {**self.shared, **self.experts}
         pairs = []
         for name, network in self.experts.items():
@@ -165,6 +199,10 @@ class MoELayer(nn.Module):
             tokens_M=topk.tokens_M,
             slots=(topk.gates_TK.detach(), topk.experts_TK),
         )
+
+
+def _given(value: torch.Tensor | None) -> torch.Tensor | None:
+    return value
 
 
 def _width(expert: Expert, networks: dict[str, FeedForward]) -> int:

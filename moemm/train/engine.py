@@ -17,7 +17,8 @@ from moemm.checkpoint.state import RankState
 from moemm.checkpoint.store import Share, rank_state, read_rank
 from moemm.config import deepspeed_section
 from moemm.config.schema import Config
-from moemm.distributed import World, note_collective, prepare_environment
+from moemm.distributed import ExpertGroups, World, note_collective, prepare_environment
+from moemm.train import zero_experts
 from moemm.train.lean import compile_when_called, mark_uncompiled, without_compiler
 
 
@@ -43,21 +44,24 @@ def _import_deepspeed() -> Any:
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, in the model's own order on every rank: matrices with weight decay, the rest without.
+    """Two groups, in the model's own order on every rank: matrices with weight decay, the rest without; and the same of
+    parameters that only some ranks have, marked as DeepSpeed wants it.
 
     Matrices are parameters of two and more axes, except biases (of stacked experts, too) and embedding tables.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    lists: dict[tuple[bool, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         leaf = name.rsplit(".", 1)[-1]
         matrix = parameter.ndim >= 2 and "bias" not in leaf and "embedding" not in leaf and id(parameter) not in tables
-        (decayed if matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        lists.setdefault((matrix, getattr(parameter, "group_name", "")), []).append(parameter)
+    groups = []
+    for (matrix, name), parameters in sorted(lists.items(), key=lambda item: (item[0][1], not item[0][0])):
+        mark = {"name": name, "moe": True} if name else {}
+        groups.append({"params": parameters, "weight_decay": weight_decay if matrix else 0.0, **mark})
+    return groups
 
 
 def _wants_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -77,13 +81,15 @@ class Engine:
     model: on `world.device`, with the same weights on every rank; from here on DeepSpeed owns its parameters.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+    def __init__(self, model: nn.Module, config: Config, world: World, *, groups: ExpertGroups | None = None) -> None:
+        """groups: of the ranks that the model's experts are spread over. Raises ConfigError."""
         deepspeed = _import_deepspeed()
         self.world, self.zero_stage = world, config.deepspeed.zero_stage
         self._utils = deepspeed.utils
         self.model = model
         self.grad_norm: float | None = None
         """Norm of the last step's gradient before clipping; NaN if the step was not applied, None where not known."""
+        self._groups, self._clip = groups or ExpertGroups(), config.train.clip
         self.share = Share.of(model, world)
         """Which tensors this rank writes of those that others have, too."""
         self.kept = self._frozen_values(model) if config.train.precision == "bf16" else None
@@ -93,6 +99,7 @@ class Engine:
             for module in model.modules():
                 if getattr(module, "_z3_leaf", False):
                     module.register_forward_pre_hook(_wants_gradient)
+        zero_experts.mark_experts(deepspeed, model, self._groups, zero_stage=self.zero_stage)
         mark_uncompiled()
         optimizer = without_compiler(
             torch.optim.AdamW(
@@ -103,10 +110,18 @@ class Engine:
             )
         )
         section = deepspeed_section(config, world_size=world.size)
+        if self._is_spread:
+            zero_experts.adapt_section(section, config, model)
         with _quiet():
             backend = torch.distributed.get_backend()
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
             self.deepspeed = deepspeed.initialize(model=model, optimizer=optimizer, config=section)[0]
+        if self._is_spread:
+            zero_experts.adapt_optimizer(self.deepspeed.optimizer, zero_stage=self.zero_stage)
+
+    @property
+    def _is_spread(self) -> bool:
+        return self._groups.size > 1
 
     def _frozen_values(self, model: nn.Module) -> dict[str, torch.Tensor]:
         frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
@@ -210,6 +225,8 @@ class Engine:
             self.grad_norm = self._norm_of_whole_gradients()
             if not math.isfinite(self.grad_norm):
                 return
+            if self._is_spread and self._clip:
+                self._scale_gradients(min(1.0, self._clip / (self.grad_norm + 1e-6)))
         note_collective("DeepSpeed's step")
         skipped = self.deepspeed.skipped_steps
         self.deepspeed.step()
@@ -221,8 +238,19 @@ class Engine:
 
     def _norm_of_whole_gradients(self) -> float:
         # ZeRO-0 applies what it has, NaN too; the gradients are averaged over ranks already, so all ranks see the same.
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        held = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
+        if not self._is_spread:
+            return float(torch.nn.utils.get_total_norm([gradient for _, gradient in held]))
+        squares = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for parameter, gradient in held:
+            squares[int(hasattr(parameter, "group_name"))] += torch.linalg.vector_norm(gradient).double() ** 2
+        torch.distributed.all_reduce(squares[1], group=self._groups.exchange)
+        return math.sqrt(float(squares.sum()))
+
+    def _scale_gradients(self, factor: float) -> None:
+        for parameter in self.model.parameters():
+            if factor < 1.0 and parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers."""

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from moemm.distributed import gather_objects, max_over_ranks
+from moemm.distributed import ExpertGroups, gather_objects, max_over_ranks
 from moemm.errors import HealthError
+from moemm.train.spread import spread_parameters
 
 Node = Any
+_LARGEST = 2**63 - 1
 _ADVICE = (
     "Nothing was applied. Every rank must call every tokenizer, expert and head in one fixed order, with zero rows "
     "where its batch has none, add those results times 0 to the loss, and return zeros, not None, as their gradients."
@@ -81,13 +83,25 @@ class GradientGuard:
     Make it before the engine, so that it sees each gradient before DeepSpeed takes it away. A gradient that the graph
     promised and a kernel left out (None) becomes zeros: DeepSpeed would put the next one in its place.
     Under ZeRO-3 the order in which modules fetch their weights in forward is part of the comparison (`watch_forward`).
+    groups: where experts are spread. Their gradients are compared among the ranks that hold the same ones; among all
+    ranks, where in the order the experts of each layer come, for there the others' gradients are sent before.
     """
 
-    def __init__(self, model: nn.Module, *, world_size: int, watch_forward: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, groups: ExpertGroups | None = None, *, world_size: int, watch_forward: bool = False
+    ) -> None:
+        self._groups = groups or ExpertGroups()
+        spread = {id(parameter): name for name, parameter in spread_parameters(model)}
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.enabled = world_size > 1
         self._positions = {parameter: position for position, parameter in enumerate(parameters)}
+        labels = [spread.get(id(one), name) for name, one in zip(self.names, parameters, strict=True)]
+        self.labels = list(dict.fromkeys(labels))
+        """Names that all ranks have: of parameters, and of the experts of a layer as one."""
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        self._label_of = [numbers[name] for name in labels]
+        self._is_spread = [id(one) in spread for one in parameters]
         self._happened: list[int] = []
         self._forward: list[str] = []
         if self.enabled:
@@ -122,37 +136,74 @@ class GradientGuard:
         planned = backward_order(loss.grad_fn, self._positions)
         self._happened.clear()
         calls, self._forward = self._forward, []
-        marks = [fingerprint(planned), fingerprint([hash_text(name) for name in calls])]
-        agreed = max_over_ranks([*marks, *(-mark for mark in marks), *flags])
-        if not any(agreed[4:5]):
-            if agreed[0] != -agreed[2]:
-                self._refuse("gradients", self._name(planned))
-            if agreed[1] != -agreed[3]:
+        marks = [*self._marks(planned), fingerprint([hash_text(name) for name in calls])]
+        agreed = max_over_ranks([*_both_ends(marks), *flags])
+        differ, agreed = _differ(agreed[: 2 * len(marks)]), agreed[2 * len(marks) :]
+        if not any(agreed[:1]):
+            self._check(differ[:-1], planned)
+            if differ[-1]:
                 self._refuse("calls of modules", calls)
             loss.register_hook(self._at_start)
-        return agreed[4:]
+        return agreed
 
     def _at_start(self, _: torch.Tensor) -> None:
         # Runs behind the last gradient, but before DeepSpeed sends what it has gathered by then.
         torch.autograd.Variable._execution_engine.queue_callback(self._at_end)
 
     def _at_end(self) -> None:
-        mark = fingerprint(self._happened)
-        high, low = max_over_ranks([mark, -mark])
-        if high != -low:
-            self._refuse("gradients", self._name(self._happened))
+        self._check(_differ(max_over_ranks(_both_ends(self._marks(self._happened)))), self._happened)
 
-    def _name(self, order: Sequence[int]) -> list[str]:
-        return [self.names[position] for position in order]
+    def _marks(self, order: Sequence[int]) -> list[int | None]:
+        """Of what all ranks have in common; then, where experts are spread, of the whole order at each position."""
+        own: list[int | None] = [fingerprint(self._common(order))]
+        if self._groups.size > 1:
+            own += [None] * self._groups.size
+            own[1 + self._groups.position] = fingerprint(order)
+        return own
 
-    def _refuse(self, what: str, mine: list[str]) -> None:
-        everyone = gather_objects(mine)
-        other = next(rank for rank, names in enumerate(everyone) if names != everyone[0])
-        difference = first_difference(everyone[0], everyone[other], "rank 0", f"rank {other}")
+    def _common(self, order: Sequence[int]) -> list[int]:
+        """The numbers of the labels in that order; parameters of a layer's experts that follow each other as one."""
+        found: list[int] = []
+        for position in order:
+            label = self._label_of[position]
+            if not (self._is_spread[position] and found and found[-1] == label):
+                found.append(label)
+        return found
+
+    def _check(self, differ: Sequence[bool], order: Sequence[int]) -> None:
+        """differ: of each of `_marks`."""
+        if differ[0]:
+            self._refuse("gradients", [self.labels[number] for number in self._common(order)])
+        for position, differs in enumerate(differ[1:]):
+            if differs:
+                self._refuse("gradients", [self.names[number] for number in order], position=position)
+
+    def _refuse(self, what: str, mine: list[str], *, position: int | None = None) -> None:
+        """position: compare the ranks at that position of their groups, which hold the same experts; None: all."""
+        lists = gather_objects(mine)
+        ranks = list(range(len(lists)))
+        if position is not None:
+            ranks = [rank for rank, own in enumerate(gather_objects(self._groups.position)) if own == position]
+        first = ranks[0]
+        other = next(rank for rank in ranks if lists[rank] != lists[first])
+        difference = first_difference(lists[first], lists[other], f"rank {first}", f"rank {other}")
         raise HealthError(
             f"Ranks differ in their {what}; DeepSpeed would mix up gradients of different parameters.\n"
             f"{difference}\n{_ADVICE}"
         )
+
+
+def _both_ends(marks: Sequence[int | None]) -> list[int]:
+    """What to take the largest of over ranks, to see where their marks differ; None: this rank has no such mark."""
+    high = [-1 if mark is None else mark for mark in marks]
+    low = [-_LARGEST if mark is None else -mark for mark in marks]
+    return [*high, *low]
+
+
+def _differ(largest: Sequence[int]) -> list[bool]:
+    """Of each mark, whether ranks have different ones."""
+    half = len(largest) // 2
+    return [high != -low for high, low in zip(largest[:half], largest[half:], strict=True)]
 
 
 def hash_text(text: str) -> int:

@@ -18,11 +18,11 @@ from moemm.checkpoint import Found, Keep, Manifest, Save, random_state
 from moemm.checkpoint.manifest import versions
 from moemm.checkpoint.state import HostMemory
 from moemm.checkpoint.store import load_weights
-from moemm.config import config_hash, to_dict
+from moemm.config import config_hash, require_ranks, to_dict
 from moemm.data.loader import drawn_sizes, learning_groups, train_loader
 from moemm.data.quarantine import Bad
 from moemm.data.sample import PackedBatch
-from moemm.distributed import World, gather_objects, sum_over_ranks
+from moemm.distributed import World, expert_groups, gather_objects, sum_over_ranks
 from moemm.errors import CheckpointError, HealthError, MoemmError
 from moemm.evaluate import EvaluationPlan, evaluate_model, scores_to_dict
 from moemm.harmonize import Settler
@@ -49,6 +49,7 @@ from moemm.train.schedule import learning_rate
 from moemm.train.setup import Setup, seeded_model
 from moemm.train.signals import StopRequest
 from moemm.train.spikes import Spikes
+from moemm.train.spread import spread_experts
 from moemm.train.step import MicroLoss, Objective, Window
 from moemm.train.trunk import TrunkGradients
 
@@ -79,7 +80,10 @@ class Trainer:
         self._untold: list[str] = []
         self._callbacks = [callback for callback in callbacks if world.is_main or callback.every_rank]
         seed_everything(self.config.train.seed, deterministic=self.config.train.deterministic)
-        model = seeded_model(setup, world.device)
+        require_ranks(self.config, world_size=world.size)
+        given = self.config.deepspeed
+        groups = expert_groups(given.ep_size, timeout_s=given.timeout_s)
+        model = seeded_model(setup, torch.device("cpu"))
         if start is None and self.config.train.init is not None:
             self.tell(initialise(model, self.config.train.init))
         elif start is not None and start.manifest.weights_only:
@@ -88,11 +92,12 @@ class Trainer:
         self._prepare = prepare_functions(setup.specs)
         self._dealt = measured_deal(model, setup, self._prepare, world)  # ZeRO-3 takes the tokenizers' weights away
         self.tasks = tuple(task.name for task in setup.catalogue.tasks)
-        self.num_parameters = model.num_parameters()
+        self.num_parameters, self._num_trained = model.num_parameters(), count_trained(model)
+        spread_experts(model, self.config, groups)
+        model.to(world.device)
         self._expert_map = model.map if self.config.model.moe == "sparse" else None
-        stage = self.config.deepspeed.zero_stage
-        self._guard = GradientGuard(model, world_size=world.size, watch_forward=stage == 3)
-        self.engine = Engine(model, self.config, world)
+        self._guard = GradientGuard(model, groups, world_size=world.size, watch_forward=given.zero_stage == 3)
+        self.engine = Engine(model, self.config, world, groups=groups)
         self._balance = RouterBalance(model.trunk)
         allowed_LME = model.trunk.allowed()
         self._noise = model.pretext.noise if isinstance(model.pretext, LabelFree) else None
@@ -250,7 +255,7 @@ class Trainer:
                 f"{sum(catalogue.tasks[first].sizes['train'] for first, *_ in groups):,} training samples",
                 "model": f"{total:,} parameters, {active:,} active a token{self._trained()}",
                 "engine": f"{self.world.size} rank(s) on {self.world.device.type}, ZeRO {self.engine.zero_stage}, "
-                f"{self.config.train.precision}",
+                f"{self.config.train.precision}{self._spread()}",
             },
             routing=self._routing,
         )
@@ -259,10 +264,14 @@ class Trainer:
         self._started = True
         self._tell_all()
 
+    def _spread(self) -> str:
+        size = self.config.deepspeed.ep_size
+        return "" if size == 1 else f", experts over {size} ranks"
+
     def _trained(self) -> str:
         if self.config.train.only is None:
             return ""
-        return f"; {count_trained(self.engine.model):,} trained, as train.only says"
+        return f"; {self._num_trained:,} trained, as train.only says"
 
     def _one_step(self, batches: Any) -> None:
         self._objective.begin(self.step)

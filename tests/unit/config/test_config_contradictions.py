@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moemm.config import check_ranks, deepspeed_section, from_dict, to_dict
+from moemm.config import check_ranks, deepspeed_section, from_dict, require_ranks, to_dict
 from moemm.config.check import KIND_OPTIONS
 from moemm.errors import ConfigError
 
@@ -326,6 +326,38 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"deepspeed": {"extra": {"zero_optimization": {"cpu_offload": True}}}},
         r"zero_optimization\.cpu_offload: is deprecated",
     ),
+    "a placement and no ranks": (
+        {"deepspeed": {"placement": {"routed_0": [0]}}},
+        r"placement: has no meaning with `deepspeed\.ep_size: 1`",
+    ),
+    "ranks and no experts": (
+        {"model": {"moe": "dense"}, "deepspeed": {"ep_size": 2}},
+        r"ep_size: has nothing to spread: there are no modality or routed experts",
+    ),
+    "shared experts over ranks": (
+        {"model": {"experts": groups(SHARED)}, "deepspeed": {"ep_size": 2}},
+        r"ep_size: has nothing to spread",
+    ),
+    "positions of other layers": (
+        {"deepspeed": {"ep_size": 2, "placement": {"routed_0": [0, 1, 0]}}},
+        r"placement\.routed_0: has 3 positions for 2 layers",
+    ),
+    "a position behind the last": (
+        {"deepspeed": {"ep_size": 2, "placement": {"routed_0": [2]}}},
+        r"placement\.routed_0: names position 2 of 2 ranks",
+    ),
+    "the trunk's gradients over ranks": (
+        {"harmonize": {"method": "upgrad", "at": "trunk"}, "deepspeed": {"ep_size": 2}},
+        r"harmonize\.at: compares whole gradients, and with deepspeed\.ep_size of more than 1 no rank has those",
+    ),
+    "offload and experts over ranks": (
+        {"deepspeed": {"zero_stage": 2, "ep_size": 2, "extra": {"zero_optimization": {"offload_optimizer": {}}}}},
+        r"offload_optimizer: is not for experts that are spread",
+    ),
+    "no reduce_scatter and experts over ranks": (
+        {"deepspeed": {"zero_stage": 2, "ep_size": 2, "extra": {"zero_optimization": {"reduce_scatter": False}}}},
+        r"reduce_scatter: DeepSpeed reduces gradients of experts that are spread with reduce_scatter alone",
+    ),
     "ZeRO that is no mapping": ({"deepspeed": {"extra": {"zero_optimization": True}}}, r"must be a mapping"),
     "weights off the GPU at stage 2": (
         {"deepspeed": {"zero_stage": 2, "extra": {"zero_optimization": {"offload_param": {"device": "cpu"}}}}},
@@ -397,6 +429,15 @@ def test_there_are_enough_pairs() -> None:
 def test_what_only_looks_like_a_contradiction_is_accepted(values: dict[str, Any]) -> None:
     config = from_dict(merged(values), origin="a test")
     assert from_dict(to_dict(config), origin="itself") == config, "accepted whole, and again"
+
+
+def test_groups_of_ranks_must_divide_the_ranks() -> None:
+    config = from_dict(merged({"train": {"epochs": 1, "batch_size": 12}, "deepspeed": {"ep_size": 4}}), origin="a test")
+    assert not list(check_ranks(config, world_size=4))
+    with pytest.raises(
+        ConfigError, match=r"ep_size: does not divide the 6 ranks .*\n.*given: +4\n.*allowed: +1, 2, 3, 6"
+    ):
+        require_ranks(config, world_size=6)
 
 
 def test_a_batch_must_divide_over_the_ranks() -> None:

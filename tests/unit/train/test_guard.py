@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from moemm.distributed import ExpertGroups
 from moemm.errors import HealthError
 from moemm.train import guard as guard_module
 from moemm.train.guard import GradientGuard, backward_order, fingerprint, first_difference
@@ -157,3 +158,37 @@ def test_a_gradient_that_a_kernel_leaves_out_becomes_zeros(monkeypatch: pytest.M
     guard.before_backward(loss)
     loss.backward()
     assert layer.weight.grad is not None and not layer.weight.grad.any()
+
+
+class SpreadBranches(nn.Module):
+    """Two experts of a layer that other ranks do not have, among parameters that all have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.one, self.two, self.behind = (nn.Linear(4, 4, bias=False) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("order", "common"),
+    [
+        ([3, 1, 2, 0], ["behind.weight", "layer.experts", "before.weight"]),
+        ([3, 2, 1, 0], ["behind.weight", "layer.experts", "before.weight"]),
+        ([3, 1, 0, 2], ["behind.weight", "layer.experts", "before.weight", "layer.experts"]),
+    ],
+)
+def test_what_all_ranks_have_in_common_names_the_experts_of_a_layer_once(
+    monkeypatch: pytest.MonkeyPatch, order: list[int], common: list[str]
+) -> None:
+    model = SpreadBranches()
+    spread = [("layer.experts", model.one.weight), ("layer.experts", model.two.weight)]
+    monkeypatch.setattr(guard_module, "spread_parameters", lambda _: spread)
+    guard = GradientGuard(model, ExpertGroups(size=2, position=1), world_size=2)
+    assert [guard.labels[number] for number in guard._common(order)] == common
+    marks = guard._marks(order)
+    assert marks[1] is None and marks[2] == fingerprint(order), "what is compared among ranks of position 1"
+
+
+def test_a_mark_of_another_position_says_nothing() -> None:
+    ends = [guard_module._both_ends(marks) for marks in ([5, None, 8], [5, 3, None], [5, None, 9])]
+    largest = [max(values) for values in zip(*ends, strict=True)]
+    assert guard_module._differ(largest) == [False, False, True]
