@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_names_the_objective(config: Any, monkeypatch:
         Masked, "forward", lambda self, scene: (real(self, scene)[0] * float("nan"), scene.x["masked"].sum())
     )
     with pytest.raises(HealthError, match="rank 0, objective masked: the objective masked"):
-        train(config(objectives=PRETRAIN))
+        train(config(objectives=PRETRAIN, train={"health": {"max_faulty": 1}}))
 
 
 def test_resume_with_other_objectives_names_the_key(config: Any) -> None:

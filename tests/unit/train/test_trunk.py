@@ -309,7 +309,8 @@ def test_a_gradient_that_is_not_finite_is_not_applied(config: Any, tmp_path: Pat
                 first = next(p for name, p in trainer.engine.model.named_parameters() if name.startswith("trunk"))
                 first.register_hook(lambda gradient: gradient * math.inf)
 
-    loaded = config("run", train={"checkpoint": {"every": 1}}, harmonize=TRUNK, deepspeed={"zero_stage": stage})
+    strict = {"checkpoint": {"every": 1}, "health": {"max_faulty": 1}}
+    loaded = config("run", train=strict, harmonize=TRUNK, deepspeed={"zero_stage": stage})
     with pytest.raises(HealthError, match="gradient of step 3 has the norm nan"):
         train(loaded, extra_callbacks=[Explode()])
     assert all(torch.isfinite(value).all() for value in load_run(tmp_path / "run").model.state_dict().values())
