@@ -22,6 +22,8 @@ from moemm.plan.memory import LIVE, remote_rows
 from moemm.plan.parameters import ModelShape, expert_parameters, parameters, trained
 from moemm.plan.workload import Workload
 
+AGREED = 80
+"""Bytes of a micro-batch by which ranks agree: four marks and four flags of the guard, and its check afterwards."""
 LINK_SHARE = 0.8
 """Of the makers' rates that large messages reach."""
 _VECTORS = re.compile(
@@ -122,7 +124,7 @@ def _control(shape: ModelShape, layout: Layout, device: Device) -> Iterable[Coll
             seconds("all_reduce", sums, layout.ranks, device, calls=layout.accumulation),
         )
     norm = {0: 4, 1: 8, 2: 8, 3: 16}[layout.stage] + (layout.bytes == 2 and layout.stage in (1, 2))
-    guard = 64 * layout.accumulation + norm
+    guard = AGREED * layout.accumulation + norm
     calls = 2 * layout.accumulation + 2
     yield Collective(
         "all_reduce",
