@@ -2,7 +2,8 @@
 
 The dense recipe on the ten core tasks, 300 steps at a constant learning rate; from there 300 more, dense, or upcycled
 by each method with a fresh optimizer. `branch` trains three copies of the dense model on a third of the tasks each, a
-hundred steps each, and 200 steps together. Sparse models that begin with fresh weights show what the first 300 steps
+hundred steps each, and 200 steps together. `dense, fresh optimizer` goes on with the dense model as upcycled ones do: its weights, a
+fresh optimizer, a warm-up, and the order of another seed. Sparse models that begin with fresh weights show what the first 300 steps
 were worth. `expand` doubles the routed experts of such a model at half of its steps. A loss is the mean of the last 50
 steps, per sample, without the router's own.
 """
@@ -23,7 +24,7 @@ from benchmarks.runs import ROOT, mean_score, row
 
 HALF, WINDOW, LOG = 300, 5, 10
 BRANCH_STEPS = 100
-DENSE, CONTINUED = "dense", "dense, continued"
+DENSE, CONTINUED, ANEW = "dense", "dense, continued", "dense, fresh optimizer"
 MOEMM = "moemm's recipe"
 METHODS: dict[str, list[str]] = {
     "copy": ["--method", "copy"],
@@ -135,7 +136,11 @@ def branches(base: Path, folder: Path, *, seed: int) -> list[Path]:
 def one_seed(folder: Path, seed: int) -> dict[str, Curve]:
     """All runs of a seed."""
     base = begin(DENSE, "dense", folder, seed=seed)
-    found = {CONTINUED: curve(go_on(base, CONTINUED, seed=seed))}
+    again = {"init": str(base), "seed": seed + 100}
+    found = {
+        CONTINUED: curve(go_on(base, CONTINUED, seed=seed)),
+        ANEW: curve(begin(ANEW, "dense", folder, seed=seed, train=again)),
+    }
     for name, arguments in METHODS.items():
         found[name] = curve(grow([base], name, arguments, seed=seed))
     thirds = branches(base, folder, seed=seed)
