@@ -2,10 +2,10 @@
 
 The dense recipe on the ten core tasks, 300 steps at a constant learning rate; from there 300 more, dense, or upcycled
 by each method with a fresh optimizer. `branch` trains three copies of the dense model on a third of the tasks each, a
-hundred steps each, and 200 steps together. `dense, fresh optimizer` goes on with the dense model as upcycled ones do: its weights, a
-fresh optimizer, a warm-up, and the order of another seed. Sparse models that begin with fresh weights show what the first 300 steps
-were worth. `expand` doubles the routed experts of such a model at half of its steps. A loss is the mean of the last 50
-steps, per sample, without the router's own.
+hundred steps each, and 200 steps together. `dense, fresh optimizer` goes on with the dense model as upcycled ones do:
+its weights, a fresh optimizer, a warm-up, and the order of another seed. Sparse models that begin with fresh weights
+show what the first 300 steps were worth. `expand` doubles the routed experts of such a model at half of its steps. A
+loss is the mean of the last 50 steps, per sample, without the router's own.
 """
 
 from __future__ import annotations
