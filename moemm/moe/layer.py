@@ -93,7 +93,8 @@ class MoELayer(nn.Module):
             added_TD = beside()
             return torch.zeros_like(x_TD) if added_TD is None else added_TD, stats
         gates_TK, experts_TK = (torch.cat(part, dim=1) for part in zip(*slots, strict=True))
-        point("dispatch")
+        if not torch.compiler.is_compiling():  # it reads a clock, which no graph can hold
+            point("dispatch")
         out_TD = self.dispatcher(
             x_TD, gates_TK, experts_TK, self._weights(), beside=beside, activation=self.activation
         )  # fmt: skip
