@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moemm.config.check_objectives import label_free
-from moemm.config.experts import Expert
+from moemm.config.experts import Expert, active_experts
 from moemm.plan import kinds
 from moemm.plan.parameters import PLACE, Layer, ModelShape, network
 from moemm.plan.workload import Workload
@@ -66,6 +66,15 @@ def slots(shape: ModelShape, layer: Layer, row: tuple[str, str | None]) -> float
     allowed = [expert for expert in layer.role("routed") if expert.serves(*row)]
     working = sum(expert.kind != "zero" for expert in allowed) / max(len(allowed), 1)
     return hard + routed_slots(shape, layer, row) * working
+
+
+def most_slots(shape: ModelShape, layer: Layer) -> int:
+    """K: columns of a layer's slots, those of the row that has most modality experts, and the routed ones."""
+    hard = max(sum(expert.serves(*row) for expert in layer.role("hard")) for row in shape.rows)
+    router, routed = shape.model.router, layer.role("routed")
+    most = max(sum(expert.serves(*row) for expert in routed) for row in shape.rows)
+    top_k = active_experts(router) or most
+    return hard + (most if router.kind == "expert_choice" else min(top_k, len(routed)))
 
 
 def _experts(shape: ModelShape, layer: Layer, work: Workload) -> float:

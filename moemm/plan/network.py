@@ -4,9 +4,10 @@ The engine's are those of DeepSpeed 0.19.8: ZeRO-0 joins all gradients in one al
 (each rank keeps its part) and gather the new weights, 2 reduces in each micro-batch; 3 gathers weights of more than
 PERSISTENT elements in each micro-batch (again for the backward pass where the model has more than it keeps), smaller
 ones once a step, and reduce-scatters gradients in each micro-batch.
-Expert parallelism sends a token once to each remote rank that has an expert of its: D numbers there and back, forward
-and backward. Times: rings inside a node over `link`, between nodes over `network`, at LINK_SHARE of their rates;
-nothing is taken to be hidden behind computing.
+Expert parallelism sends a token once to each rank that has an expert of its, with its gates, and gets a row of D back;
+backward the same (moe/dispatcher.py). What goes to the own rank is counted, and takes no time. Times: rings inside a
+node over `link`, between nodes over `network`, at LINK_SHARE of their rates; nothing is taken to be hidden behind
+computing.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moemm.plan.devices import Device
+from moemm.plan.flops import most_slots
 from moemm.plan.layout import PERSISTENT, Layout
 from moemm.plan.memory import LIVE, remote_rows
 from moemm.plan.parameters import ModelShape, expert_parameters, parameters, trained
 from moemm.plan.workload import Workload
 
-AGREED = 80
-"""Bytes of a micro-batch by which ranks agree: four marks and four flags of the guard, and its check afterwards."""
+AGREED, AGREED_SPREAD = 80, 144
+"""Bytes of a micro-batch by which ranks agree, marks and flags of the guard and its check; where experts are spread."""
 LINK_SHARE = 0.8
 """Of the makers' rates that large messages reach."""
 _VECTORS = re.compile(
@@ -97,16 +99,26 @@ def is_vector(name: str) -> bool:
 
 
 def all_to_all_bytes(shape: ModelShape, work: Workload, layout: Layout) -> float:
-    """Bytes that a rank hands to others in a step: a row of D for each token and remote rank, four times."""
+    """Bytes that a rank hands in in a step: there a row of D and 2 K fp32 numbers (gates and experts) for each token
+    and rank that it needs, back a row of D; backward the same; numbers of rows, 8 bytes a rank and forward pass.
+    """
+    again = 2 if shape.config.train.activation_checkpointing else 1
     tokens = work.total * layout.micro_batch * layout.accumulation
-    rows = sum(remote_rows(shape, layer, work, layout.ep) for layer in shape.layers)
-    return 4.0 * rows * tokens * shape.model.dim * layout.bytes
+    total = 0.0
+    for layer in shape.layers:
+        # Remote ranks, and this one with the same chance as each of them.
+        rows = remote_rows(shape, layer, work, layout.ep) * layout.ep / (layout.ep - 1) if layout.ep > 1 else 0.0
+        if rows:
+            row = 2.0 * shape.model.dim * layout.bytes + 8.0 * most_slots(shape, layer)
+            total += (again + 1) * rows * tokens * row + again * layout.accumulation * 8.0 * layout.ep
+    return total
 
 
 def _all_to_all(shape: ModelShape, work: Workload, layout: Layout, device: Device) -> Collective:
     payload = round(all_to_all_bytes(shape, work, layout))
-    calls = 4 * layout.accumulation * len(shape.layers)
-    time = seconds("all_to_all", payload, layout.ep, device, calls=calls) if payload else 0.0
+    calls = 7 * layout.accumulation * len(shape.layers)
+    crossing = payload * (layout.ep - 1) / layout.ep
+    time = seconds("all_to_all", crossing, layout.ep, device, calls=calls) if payload else 0.0
     return Collective("all_to_all", "tokens of experts", payload, layout.ep, time)
 
 
@@ -124,7 +136,9 @@ def _control(shape: ModelShape, layout: Layout, device: Device) -> Iterable[Coll
             seconds("all_reduce", sums, layout.ranks, device, calls=layout.accumulation),
         )
     norm = {0: 4, 1: 8, 2: 8, 3: 16}[layout.stage] + (layout.bytes == 2 and layout.stage in (1, 2))
-    guard = AGREED * layout.accumulation + norm
+    if layout.ep > 1:
+        norm += 8 if layout.stage == 3 else 4
+    guard = (AGREED if layout.ep == 1 else AGREED_SPREAD) * layout.accumulation + norm
     calls = 2 * layout.accumulation + 2
     yield Collective(
         "all_reduce",

@@ -13,7 +13,7 @@ from moemm.train.signals import StopRequest
 from moemm.train.trainer import Trainer
 
 
-def count(folder: str, stages: list[int], accumulation: int, precision: str) -> list[dict[str, int]]:
+def count(folder: str, stages: list[int], accumulation: int, precision: str, ep: int) -> list[dict[str, int]]:
     """For each stage the bytes of each kind of collective, in the second step of the tiny run."""
     world, found = connect(timeout_s=60.0), []
     for stage in stages:
@@ -21,7 +21,9 @@ def count(folder: str, stages: list[int], accumulation: int, precision: str) -> 
             "output": f"{folder}/{precision}_{stage}", "steps": 9, "batch_size": 8, "log_every": 9,
             "accumulation": accumulation, "precision": precision,
         }  # fmt: skip
-        loaded = tiny_config(Path(folder) / str(world.rank), deepspeed={"zero_stage": stage}, train=train)
+        loaded = tiny_config(
+            Path(folder) / str(world.rank), deepspeed={"zero_stage": stage, "ep_size": ep}, train=train
+        )
         setup, _ = prepare(loaded, resume=False)
         trainer = Trainer(setup, world, [], StopRequest())
         loader = train_loader(

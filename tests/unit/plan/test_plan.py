@@ -174,8 +174,13 @@ def test_rows_that_go_to_other_ranks(files: tuple[Path, Path]) -> None:
     # Two slots on two ranks: one of the four ways is here and here.
     assert remote_rows(shape, layer, work, 2) == pytest.approx(1 - 0.25)
     assert remote_rows(shape, layer, work, 16) == pytest.approx(15 * (1 - (15 / 16) ** 2))
-    rows = 3 * 0.75 * 32 * work.total
-    assert all_to_all_bytes(shape, work, layout(shape, ranks=2, ep=2)) == pytest.approx(4 * rows * 64 * 4)
+    rows = 3 * (2 * 0.75) * 32 * work.total  # the own rank is as likely
+    there_and_back = 64 * 4 * 2 + 2 * 2 * 4  # two rows of D; gates and numbers of two experts
+    counts = 3 * 2 * 8
+    assert all_to_all_bytes(shape, work, layout(shape, ranks=2, ep=2)) == pytest.approx(
+        2 * rows * there_and_back + counts
+    )
+    assert all_to_all_bytes(shape, work, layout(shape, ranks=2)) == 0.0
 
 
 def payloads(shape: ModelShape, **given: Any) -> dict[str, int]:
