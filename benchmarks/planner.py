@@ -113,7 +113,7 @@ def rows_of(label: str, ranks: int, path: Path, found: dict[str, Any], framework
     """What a case gives."""
     held, sent = predicted(path, ranks)
     total, peak = held.total / 1e6, found["peak"] / 1e6
-    base = held.parts["framework"] / 1e6
+    base = parse_cluster("cpu").device.base / 1e6
     shape = build_shape(load_config(path).config, from_data(load_config(path)))
     assert sum(parameters(shape).values()) == found["total"], "the model has other parameters than the plan says"
     rows = [

@@ -30,7 +30,7 @@ BACKWARD = 5.0
 ALIGNMENT = 16
 """Rows that each expert's are rounded up to (csrc)."""
 ZERO_CODE = 49e6
-"""Bytes of code and tables that ZeRO 1 to 3 bring, measured on the CPU."""
+"""Bytes of code that ZeRO 1 to 3 bring, most of it in the first step; measured on the CPU."""
 EXTRA_SIGMAS = 3.0
 """A micro-batch is taken to be this many deviations larger than the mean."""
 LIVE = int(1e9)
