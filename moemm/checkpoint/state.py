@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from moemm.checkpoint.fragments import Fragment
+from moemm.checkpoint.tensors import save_tensors
 from moemm.errors import CheckpointError
 from moemm.points import point
 
@@ -48,7 +48,7 @@ class RankState:
         for name, tensors in self.tensors.items():
             path = folder / name
             try:
-                save_file({key: value.cpu() for key, value in tensors.items()}, path, self.metadata.get(name) or None)
+                save_tensors({key: value.cpu() for key, value in tensors.items()}, path, self.metadata.get(name))
             except SafetensorError as error:
                 raise OSError(str(error)) from error
             point("save.file")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from moemm.checkpoint import Keep, Manifest, commit, newest_complete
 from moemm.checkpoint.manifest import versions
 from moemm.checkpoint.state import WEIGHTS
 from moemm.checkpoint.store import read_weights
+from moemm.checkpoint.tensors import save_tensors
 from moemm.config import Config, LoadedConfig, config_hash, to_dict
 from moemm.data.catalogue import Catalogue
 from moemm.distributed import World
@@ -78,7 +78,7 @@ def write_grown(loaded: LoadedConfig, catalogue: Catalogue, specs: Specs, model:
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
 
     def write(target: Path) -> list[Path]:
-        save_file(weights, target / WEIGHTS)
+        save_tensors(weights, target / WEIGHTS)
         return [target / WEIGHTS]
 
     def describe(files: dict[str, dict[str, object]]) -> Manifest:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from moemm import plugins as plugin_files
 from moemm.checkpoint import Manifest, newest_complete, verify
@@ -19,6 +18,7 @@ from moemm.checkpoint.files import sha256_file, sync_file
 from moemm.checkpoint.manifest import FILE_NAME
 from moemm.checkpoint.state import WEIGHTS
 from moemm.checkpoint.store import load_weights, read_weights
+from moemm.checkpoint.tensors import save_tensors
 from moemm.config import load_config
 from moemm.errors import CheckpointError, ConfigError
 from moemm.evaluate import Predictor
@@ -91,7 +91,7 @@ def _write(folder: Path, checkpoint: Path, manifest: Manifest, aside: Path) -> M
     for code in load_config(folder / CONFIG).plugin_files:
         (aside / plugin_files.FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(code, aside / plugin_files.FOLDER / code.name)
-    save_file(read_weights(checkpoint), aside / WEIGHTS)
+    save_tensors(read_weights(checkpoint), aside / WEIGHTS)
     (aside / EXPERT_MAP).write_text(json.dumps(manifest.expert_map, indent=1) + "\n", encoding="utf-8")
     written = replace(manifest, files={path.relative_to(aside).as_posix(): _entry(path) for path in _files(aside)})
     written.write(aside)

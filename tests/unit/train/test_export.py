@@ -57,6 +57,9 @@ def test_an_export_is_safetensors_and_json_and_verifies(run: Path, exported: Pat
     described = {"model.safetensors", "config.yaml", "modalities.json", "catalogue.json", "expert_map.json"}
     assert set(manifest.files) == described
     assert not [path for path in run.parent.iterdir() if path.suffix == ".tmp"]
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    for folder in (exported, checkpoint):  # safetensors makes files that their owner alone may read
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
     assert json.loads((exported / "expert_map.json").read_text()) == manifest.expert_map
     trained = load_file(run / "checkpoints" / "step_000020" / "model.safetensors")
     weights = load_file(exported / "model.safetensors")
