@@ -87,6 +87,8 @@ def test_a_folder_that_cannot_be_written_costs_only_the_board(tmp_path: Path, mo
     (tmp_path / "ranks").write_text("a file, not a folder")
     with on_board(tmp_path, World(rank=0, size=2)):
         point("data", step=1)
+        assert places.place().name == "data"
+    assert (tmp_path / "ranks").read_text() == "a file, not a folder"
 
 
 def test_a_point_on_the_board_costs_microseconds(boards: list[Board]) -> None:
