@@ -482,8 +482,8 @@ class FullDisk(Callback):
     every_rank = True
 
     def __init__(self, failures: int, world: World, patch: pytest.MonkeyPatch) -> None:
-        self.left, self._save = failures, state.save_file
-        patch.setattr(state, "save_file", self if world.rank == 1 else state.save_file)
+        self.left, self._save = failures, state.save_tensors
+        patch.setattr(state, "save_tensors", self if world.rank == 1 else state.save_tensors)
 
     def __call__(self, *arguments: Any, **options: Any) -> None:
         if self.left > 0:
@@ -529,7 +529,7 @@ def interrupted(folder: str) -> dict[str, Any]:
     world = connect(timeout_s=60)
     with stop_requests() as stop, pytest.MonkeyPatch.context() as patch:
         if world.is_main:
-            patch.setattr(state, "save_file", lambda *arguments: (time.sleep(0.2), save_file(*arguments)))
+            patch.setattr(state, "save_tensors", lambda *arguments: (time.sleep(0.2), save_file(*arguments)))
         sender = AfterStep(2, lambda: os.kill(os.getpid(), signal.SIGTERM) if world.rank == 1 else None)
         trainer, _ = build(
             Path(folder), world, name="interrupted", stage=2, stop=stop,

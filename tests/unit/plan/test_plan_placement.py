@@ -234,7 +234,10 @@ def test_the_rate_of_a_run_is_taken_where_that_is_asked_for(run: Path, capsys: p
     assert main(["plan", str(run / "config.yaml"), "--measured"]) in (2, 3)
 
 
-def test_the_verbs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verbs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a narrow terminal breaks the headings
     section = tmp_path / "placed.yaml"
     assert main(["plan", "placement", str(run), "--ep", "2", "--output", str(section)]) == 0
     assert len(yaml.safe_load(section.read_text())["deepspeed"]["placement"]) == 8

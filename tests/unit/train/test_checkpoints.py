@@ -231,9 +231,9 @@ def test_failures_in_the_background_count(tiny_data: Path, tmp_path: Path, monke
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    said, real = Messages(), state.save_file
-    fails = At(2, lambda: monkeypatch.setattr(state, "save_file", full))
-    works = At(4, lambda: monkeypatch.setattr(state, "save_file", real))
+    said, real = Messages(), state.save_tensors
+    fails = At(2, lambda: monkeypatch.setattr(state, "save_tensors", full))
+    works = At(4, lambda: monkeypatch.setattr(state, "save_tensors", real))
     saves = CheckpointingCallback(every=1)
     trainer = build(tiny_data, tmp_path, said, fails, works, saves, steps=6, checkpoint=BACKGROUND)
     trainer.run()
@@ -241,7 +241,7 @@ def test_failures_in_the_background_count(tiny_data: Path, tmp_path: Path, monke
     assert len(warnings) == 2 and "1 of 3 failures" in warnings[0] and "2 of 3" in warnings[1]
     assert names(trainer) == ["latest", *(f"step_{step:06d}" for step in (1, 4, 5, 6))]
     trainer.close()
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(state, "save_tensors", full)
     trainer = build(tiny_data, tmp_path / "b", CheckpointingCallback(every=1), steps=9, checkpoint=BACKGROUND)
     with pytest.raises(CheckpointError, match="3 saves in a row failed"):
         trainer.run()
