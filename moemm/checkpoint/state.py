@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moemm.checkpoint.fragments import Fragment
+from moemm.checkpoint.fragments import MOMENTS, Fragment
 from moemm.checkpoint.tensors import save_tensors
 from moemm.errors import CheckpointError
 from moemm.points import point
@@ -214,3 +214,35 @@ class Store:
             empty: torch.Tensor = self._open[first.file].get_tensor(first.key)
             return empty
         return self.read(name, 0, math.prod(shape)).view(shape).clone()
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """AdamW's states of whole tensors: its count of steps, and exp_avg and exp_avg_sq -> name -> tensor, fp32."""
+
+    steps: float
+    values: dict[str, Tensors]
+
+    @classmethod
+    def read(cls, folder: Path, files: Iterable[str]) -> Moments | None:
+        """Of a checkpoint whose hashes were verified, on the CPU; None where it has none. Raises CheckpointError.
+
+        files: names of the checkpoint's files.
+        """
+        store = Store(folder, files, OPTIMIZER)
+        if not store.shapes:
+            return None
+        values: dict[str, Tensors] = {key: {} for key in MOMENTS}
+        for name in store.shapes:
+            key, _, own = name.partition("/")
+            values[key][own] = store.whole(name)
+        return cls(max(store.steps.values(), default=0.0), values)
+
+    def write(self, folder: Path) -> Path:
+        """The file of a rank that holds all of them; its path. Raises OSError."""
+        path = folder / file_name(OPTIMIZER, 0)
+        tensors = {f"{key}/{name}": value for key, own in self.values.items() for name, value in own.items()}
+        names = dict.fromkeys(name for own in self.values.values() for name in own)
+        metadata = {_METADATA: json.dumps({_FRAGMENTS: {}, _STEPS: dict.fromkeys(names, self.steps)})}
+        save_tensors(tensors, path, metadata)
+        return path

@@ -52,6 +52,9 @@ class Upcycle:
     """expand: how many times as many experts; 2 when not given."""
     duplicates: Literal["even", "gradient"] | None = None
     """expand: equally many copies of each expert, which changes nothing, or more of those with larger gradients."""
+    optimizer: Literal["keep", "fresh"] = "fresh"
+    """keep: training goes on where the run stood: its optimizer's states, step, schedule and place in the data. fresh:
+    it begins at step 0. keep is for every method but branch and multiplet."""
     samples: int = 64
     """Samples of the batch that is measured on."""
     seed: int = 0

@@ -50,7 +50,9 @@ def expand(start: Start, wanted: Wanted, output: Path, batches: Sequence[PackedB
     proofs = [] if even else [Proof(what="most copies of an expert", value=float(max(map(len, copies.values()))))]
     exact = even and router.kind not in _CUT
     details = {"copies": {name: list(made) for name, made in copies.items()}, "importance": dict(weight)}
-    return Made(config=new, model=model.eval(), changed=changed, exact=exact, details=details, proofs=proofs)
+    return Made(
+        config=new, model=model.eval(), changed=changed, exact=exact, details=details, proofs=proofs, rules=rules
+    )
 
 
 def importance(model: Model, batches: Sequence[PackedBatch]) -> dict[str, float]:

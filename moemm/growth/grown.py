@@ -1,8 +1,8 @@
-"""Reading the run that is to grow, and writing the one that has grown: a run folder with weights and no optimizer."""
+"""Reading the run that is to grow, and writing the one that has grown: a run folder like any other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from moemm.checkpoint import Keep, Manifest, commit, newest_complete
 from moemm.checkpoint.manifest import versions
-from moemm.checkpoint.state import WEIGHTS
+from moemm.checkpoint.state import WEIGHTS, Moments
 from moemm.checkpoint.store import read_weights
 from moemm.checkpoint.tensors import save_tensors
 from moemm.config import Config, LoadedConfig, config_hash, to_dict
@@ -28,10 +28,12 @@ Specs = Mapping[str, ModalitySpec]
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A trained run and its weights by name, as the newest complete checkpoint has them."""
+    """A trained run, and its weights by name and the optimizer's states, as the newest complete checkpoint has them."""
 
     run: Run
     weights: dict[str, torch.Tensor]
+    moments: Callable[[], Moments | None]
+    """Reads them; None where the checkpoint has weights alone."""
 
     def as_source(self) -> dict[str, object]:
         """What a receipt says of it."""
@@ -41,7 +43,8 @@ class Base:
 def read_base(path: Path | str, *, plugins: Sequence[Path | str] = ()) -> Base:
     """Load the run that is to grow, with its data. plugins, and what is raised, as `load_run`."""
     run = load_run(path, plugins=plugins)
-    return Base(run, read_weights(newest_complete(run.folder / CHECKPOINTS).folder))
+    found = newest_complete(run.folder / CHECKPOINTS)
+    return Base(run, read_weights(found.folder), lambda: Moments.read(found.folder, found.manifest.files))
 
 
 def fresh_model(config: Config, catalogue: Catalogue, specs: Specs) -> Model:
@@ -64,11 +67,28 @@ def check_target(folder: Path) -> None:
         raise ConfigError(f"--output {folder} already holds a run; give another folder, or delete that one")
 
 
-def write_grown(loaded: LoadedConfig, catalogue: Catalogue, specs: Specs, model: Model, receipt: Receipt) -> Path:
-    """Write the run folder `train.output` of a grown model: config, specs, catalogue, checkpoint of step 0, receipt.
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Where the training of a run stood: optimizer steps that were done, and what AdamW knew then."""
 
-    loaded: its configuration; `path` is what a relative `data.root` starts at. It is then a run like any other:
-    `moemm evaluate` scores it, and `moemm train FOLDER/config.yaml --resume` trains it, on any number of ranks.
+    step: int
+    moments: Moments
+
+
+def write_grown(
+    loaded: LoadedConfig,
+    catalogue: Catalogue,
+    specs: Specs,
+    model: Model,
+    receipt: Receipt,
+    *,
+    training: Training | None = None,
+) -> Path:
+    """Write the run folder `train.output` of a grown model: config, specs, catalogue, checkpoint, receipt.
+
+    loaded: its configuration; `path` is what a relative `data.root` starts at. training: where its training goes on;
+    None: at step 0, with a fresh optimizer. It is then a run like any other: `moemm evaluate` scores it, and
+    `moemm train FOLDER/config.yaml --resume` trains it, on any number of ranks.
     Returns the folder. Raises ConfigError where it holds a run or cannot be written, CheckpointError.
     """
     config = loaded.config
@@ -76,19 +96,20 @@ def write_grown(loaded: LoadedConfig, catalogue: Catalogue, specs: Specs, model:
     check_target(folder)
     store_run(loaded, folder, catalogue, specs)
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    step = 0 if training is None else training.step
 
     def write(target: Path) -> list[Path]:
         save_tensors(weights, target / WEIGHTS)
-        return [target / WEIGHTS]
+        return [target / WEIGHTS, *([] if training is None else [training.moments.write(target)])]
 
     def describe(files: dict[str, dict[str, object]]) -> Manifest:
         sparse = config.model.moe == "sparse"
         return Manifest(
-            step=0, world_size=1, zero_stage=config.deepspeed.zero_stage, config=to_dict(config),
-            config_hash=config_hash(config), versions=versions(), sampler={"step": 0},
+            step=step, world_size=1, zero_stage=config.deepspeed.zero_stage, config=to_dict(config),
+            config_hash=config_hash(config), versions=versions(), sampler={"step": step},
             expert_map=model.map.to_dict() if sparse else None, files=files,
         )  # fmt: skip
 
-    commit(folder / CHECKPOINTS, step=0, write=write, describe=describe, world=World(), keep=Keep(1))
+    commit(folder / CHECKPOINTS, step=step, write=write, describe=describe, world=World(), keep=Keep(1))
     receipt.write(folder)
     return folder

@@ -31,7 +31,7 @@ from moemm.growth.grown import Base, fresh_model, read_base, size_of, write_grow
 from moemm.growth.probe import relative_error, task_loss
 from moemm.growth.receipt import Proof, Receipt
 from moemm.growth.rules import Rule, To, apply_rules
-from moemm.growth.upcycling import OPTIMIZER, Made, Start, Tell, Wanted, settled
+from moemm.growth.upcycling import FRESH, Made, Start, Tell, Wanted, settled
 from moemm.modalities import prepare_functions
 from moemm.models import Model
 from moemm.train import train
@@ -163,7 +163,7 @@ def _with_routers(
     size = size_of(model)
     receipt = Receipt(
         operation="upcycle multiplet, before its routers were trained", sources=start.sources, target=str(folder),
-        changed=[], proofs=[], before=size_of(start.model), after=size, optimizer=OPTIMIZER,
+        changed=[], proofs=[], before=size_of(start.model), after=size, optimizer=FRESH,
     )  # fmt: skip
     write_grown(loaded, start.catalogue, start.specs, model, receipt)
     samples = sum(batch.num_samples for batch in batches)

@@ -26,7 +26,8 @@ from moemm.growth.dense import (
     tie_router_rows,
     told,
 )
-from moemm.growth.grown import Base, Specs, check_target, fresh_model, read_base, size_of, write_grown
+from moemm.growth.grown import Base, Specs, Training, check_target, fresh_model, read_base, size_of, write_grown
+from moemm.growth.moments import carry
 from moemm.growth.probe import (
     EXACT,
     GRADIENT,
@@ -36,7 +37,7 @@ from moemm.growth.probe import (
     seen,
 )
 from moemm.growth.receipt import Proof, Receipt, lineage
-from moemm.growth.rules import apply_rules
+from moemm.growth.rules import Rule, apply_rules
 from moemm.growth.samples import mixture_batches
 from moemm.models import Model
 from moemm.plugins import load_plugins
@@ -44,7 +45,7 @@ from moemm.plugins import load_plugins
 Method = Literal["copy", "noise", "modality", "virtual", "drop", "branch", "multiplet", "expand"]
 PRESERVING = ("copy", "modality", "virtual")
 """Methods after which the model computes what it did, as far as its router lets it."""
-OPTIMIZER = "not kept: its moments are those of other parameters; training begins with new ones"
+FRESH = "not kept: training begins at step 0 with a fresh one"
 _SHAPING = ("dim", "heads", "layers", "activation", "latents", "ordered", "missing", "extensions")
 """Keys of `model` that a recipe may not change: the weights would mean something else, or some would be missing."""
 Tell = Callable[[str], None]
@@ -57,7 +58,8 @@ class Wanted:
     recipe: configuration whose `model` and `train` sections the new run gets. experts: copies of the dense network;
     top_k: of them a token uses; granularity: shards that each is cut into. noise, drop: shares, see the methods.
     clusters, steps: of each stage of multiplet. factor: m of expand; duplicates: whether each expert gets m copies, or
-    as many as its gradient asks for. samples: of the probe batch. seed: of what is drawn for the copies.
+    as many as its gradient asks for. optimizer: keep its states and the step, so that training goes on, or begin
+    afresh. samples: of the probe batch. seed: of what is drawn for the copies.
     """
 
     method: Method = "copy"
@@ -73,6 +75,7 @@ class Wanted:
     steps: int | None = None
     factor: int | None = None
     duplicates: Literal["even", "gradient"] | None = None
+    optimizer: Literal["keep", "fresh"] = "fresh"
     samples: int = 64
     seed: int = 0
 
@@ -96,7 +99,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 class Start:
     """A dense or sparse model that is to grow, and where its run's files lie.
 
-    path: of its configuration; a relative `data.root` starts there. notes: what was done to make it, for the receipt.
+    path: of its configuration; a relative `data.root` starts there. training: reads where its training stood; None
+    where nothing is left of that. notes: what was done to make it, for the receipt.
     """
 
     config: Config
@@ -107,16 +111,22 @@ class Start:
     path: Path
     sources: list[dict[str, object]]
     history: list[dict[str, Any]] = field(default_factory=list)
+    training: Callable[[], Training | None] = lambda: None
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of_run(cls, base: Base) -> Start:
         """The newest checkpoint of a run."""
         run = base.run
+
+        def training() -> Training | None:
+            moments = base.moments()
+            return None if moments is None else Training(run.step, moments)
+
         return cls(
             config=run.config, catalogue=run.catalogue, specs=run.specs, model=cast(Model, run.model),
             weights=base.weights, path=run.folder / "config.yaml", sources=[base.as_source()],
-            history=lineage(run.folder),
+            history=lineage(run.folder), training=training,
         )  # fmt: skip
 
     @property
@@ -130,7 +140,8 @@ class Made:
     """A model that has grown, before it is written.
 
     exact: whether it has to compute what its source does. gains_limits: whether its routers may drop tokens or send
-    them to zero experts, and its source had none: then it has to without that.
+    them to zero experts, and its source had none: then it has to without that. rules: by which the weights were made,
+    without what makes copies differ on purpose; none where the optimizer's states cannot follow.
     """
 
     config: Config
@@ -140,6 +151,7 @@ class Made:
     gains_limits: bool = False
     details: dict[str, Any] = field(default_factory=dict)
     proofs: list[Proof] = field(default_factory=list)
+    rules: Sequence[Rule] = ()
 
 
 def upcycle(
@@ -163,19 +175,39 @@ def upcycle(
     output = wanted.output or Path(f"{str(paths[0]).rstrip('/')}-{wanted.method}")
     check_target(output)
     start, make = _prepare(paths, wanted, tell)
+    training = _kept(start, wanted)
     batches = mixture_batches(start.config, start.catalogue, start.specs, wanted.samples, size=wanted.samples)
     made = make(output, batches)
     made.proofs += proofs_of(start.model, made, batches)
+    kept = FRESH
+    if training is not None:
+        carried = carry(training.moments, made.rules, start.model, made.model, batches)
+        training, kept = replace(training, moments=carried.moments), carried.told
+        made.changed.append(f"training goes on at step {training.step} of the schedule")
     receipt = Receipt(
         operation=f"upcycle {wanted.method}", sources=start.sources, target=str(output),
         changed=[*start.notes, *made.changed], proofs=made.proofs, before=size_of(start.model),
-        after=size_of(made.model), optimizer=OPTIMIZER, history=start.history,
+        after=size_of(made.model), optimizer=kept, history=start.history,
         details={**made.details, "options": _told_options(wanted), "samples": wanted.samples},
     )  # fmt: skip
     loaded = LoadedConfig(config=made.config, path=start.path, source={}, origins={})
     tell(f"writing {output}")
-    write_grown(loaded, start.catalogue, start.specs, made.model, receipt)
+    write_grown(loaded, start.catalogue, start.specs, made.model, receipt, training=training)
     return receipt
+
+
+def _kept(start: Start, wanted: Wanted) -> Training | None:
+    """Where training goes on; None where it begins afresh. Raises ConfigError where nothing is left to keep."""
+    if wanted.optimizer == "fresh":
+        return None
+    training = start.training()
+    if training is None:
+        raise ConfigError(
+            f"--optimizer keep: {start.name} holds weights and no state of an optimizer\n"
+            "  allowed: a run that was trained with moemm\n"
+            "  to do: leave the option out; training then begins with a fresh optimizer"
+        )
+    return training
 
 
 def _with_paths(wanted: Wanted) -> Wanted:
@@ -243,6 +275,8 @@ def check_options(paths: Sequence[Path], wanted: Wanted) -> None:
     for name in ("experts", "top_k"):
         if wanted.recipe is not None and getattr(wanted, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} and --recipe both say which experts there are; give one")
+    if wanted.optimizer == "keep" and wanted.method in ("branch", "multiplet"):
+        raise ConfigError(f"--optimizer keep has no meaning for --method {wanted.method}: several runs are its source")
     if wanted.rules is not None and wanted.recipe is None:
         raise ConfigError("--rules reads a foreign model, which has no data; give --recipe CONFIG that names some")
     if (len(paths) > 1) != (wanted.method == "branch"):
@@ -328,15 +362,19 @@ def from_dense(start: Start, wanted: Wanted, output: Path) -> Made:
         config = settled(replace(config, model=replace(config.model, router=router)))
         model = fresh_model(config, start.catalogue, start.specs)
     alter = _alter(wanted, dealt, model)
-    rules = [*network_rules(layers, dealt, model, alter), *other_rules(start.weights, model.state_dict())]
+    others = list(other_rules(start.weights, model.state_dict()))
+    rules = [*network_rules(layers, dealt, model, alter), *others]
     weights, taken = apply_rules(rules, start.weights, model.state_dict())
     tied = tie_router_rows(weights, dealt)
     model.load_state_dict(weights)
     changed = told(layers, dealt, model.map)
     changed += [*_told_router(model, config, routes, before, tied), *taken.lines()]
     details = {"granularity": routes.shards, "gates": config.model.router.gates}
+    plain = [*network_rules(layers, dealt, model, None), *others]
     exact = wanted.method in PRESERVING
-    return Made(config=config, model=model.eval(), changed=changed, exact=exact, gains_limits=True, details=details)
+    return Made(
+        config=config, model=model.eval(), changed=changed, exact=exact, gains_limits=True, details=details, rules=plain
+    )
 
 
 def _dealt(model: Model, layers: Sequence[DenseLayer], config: Config, wanted: Wanted) -> tuple[Routes, list[Dealt]]:

@@ -133,11 +133,12 @@ class Trainer:
 
     def restore(self, folder: Path, step: int) -> None:
         """Go on from a verified checkpoint. Raises CheckpointError."""
-        same_world = self.engine.restore(folder)
+        same_draws = self.engine.restore(folder)
         self.step = step
-        if not same_world:  # draws of another number of ranks are other draws; those of the start would come again
+        if not same_draws:  # draws of another number of ranks are other draws; those of the start would come again
             self._seed_rank(step)
-            self.tell("the checkpoint is of another number of ranks: dropout goes on with other random numbers")
+            why = "is of another number of ranks, or of a model that has grown"
+            self.tell(f"the checkpoint {why}: dropout goes on with other random numbers")
 
     def _seed_rank(self, step: int) -> None:
         """Let this rank draw its own dropout from here on."""
