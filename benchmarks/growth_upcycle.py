@@ -1,11 +1,12 @@
 """Upcycling: does a dense run that becomes sparse at half of its steps get further than one that goes on as it is?
 
 The dense recipe on the ten core tasks, 300 steps at a constant learning rate; from there 300 more, dense, or upcycled
-by each method with a fresh optimizer. `branch` trains three copies of the dense model on a third of the tasks each, a
-hundred steps each, and 200 steps together. `dense, fresh optimizer` goes on with the dense model as upcycled ones do:
-its weights, a fresh optimizer, a warm-up, and the order of another seed. Sparse models that begin with fresh weights
-show what the first 300 steps were worth. `expand` doubles the routed experts of such a model at half of its steps. A
-loss is the mean of the last 50 steps, per sample, without the router's own.
+by each method, which keeps the optimizer's states, the schedule and the place in the data. `, fresh optimizer` begins
+as with the weights of another run: with a fresh optimizer, a warm-up, and the order of another seed. So does `branch`:
+three copies of the dense model learn a third of the tasks each, for a hundred steps, then 200 steps all together.
+Sparse models that begin with fresh weights show what the first 300 steps were worth. `expand` doubles the routed
+experts of such a model at half of its steps. A loss is the mean of the last 50 steps, per sample, without the router's
+own.
 """
 
 from __future__ import annotations
@@ -26,15 +27,24 @@ HALF, WINDOW, LOG = 300, 5, 10
 BRANCH_STEPS = 100
 DENSE, CONTINUED, ANEW = "dense", "dense, continued", "dense, fresh optimizer"
 MOEMM = "moemm's recipe"
+KEEP = ["--optimizer", "keep"]
+MOEMM_RECIPE = ["--recipe", str(ROOT / "configs" / "recipes" / "moemm.yaml")]
 METHODS: dict[str, list[str]] = {
-    "copy": ["--method", "copy"],
-    "noise": ["--method", "noise"],
-    "drop": ["--method", "drop"],
-    "modality": ["--method", "modality"],
-    "virtual": ["--method", "virtual", "--granularity", "2"],
-    MOEMM: ["--recipe", str(ROOT / "configs" / "recipes" / "moemm.yaml")],
+    "copy": ["--method", "copy", *KEEP],
+    "noise": ["--method", "noise", *KEEP],
+    "drop": ["--method", "drop", *KEEP],
+    "modality": ["--method", "modality", *KEEP],
+    "virtual": ["--method", "virtual", "--granularity", "2", *KEEP],
+    MOEMM: [*MOEMM_RECIPE, *KEEP],
+    "copy, fresh optimizer": ["--method", "copy"],
+    f"{MOEMM}, fresh optimizer": MOEMM_RECIPE,
 }
-EXPANSIONS = {"expand, even": ["--duplicates", "even"], "expand, gradient": ["--duplicates", "gradient"]}
+EXPANSIONS = {
+    "expand, even": ["--duplicates", "even", *KEEP],
+    "expand, gradient": ["--duplicates", "gradient", *KEEP],
+}
+KEPT = {name for name, arguments in {**METHODS, **EXPANSIONS}.items() if "keep" in arguments}
+"""Ways whose curve goes on with the steps of the model that was grown."""
 COPIES = [{"kind": "routed", "count": 4, "width": 256}]
 SCRATCH: dict[str, dict[str, Any]] = {
     "4 experts from scratch": {"experts": {"groups": COPIES}, "router": {"gates": "straight_through"}},
@@ -112,12 +122,13 @@ def go_on(base: Path, name: str, *, seed: int) -> Path:
 
 
 def grow(sources: list[Path], name: str, arguments: list[str], *, seed: int, steps: int | None = None) -> Path:
-    """Upcycle and train on; other data order than before."""
+    """Upcycle and train on, in the order of the source, or another one where its training does not go on."""
     output = sources[0].with_name(f"{name}_{seed}".replace(" ", "_").replace(",", "").replace("'", ""))
     if not (output / "summary.json").exists():
         shutil.rmtree(output, ignore_errors=True)
         runs.moemm("upcycle", *map(str, sources), *arguments, "--output", str(output))
-        values = train_section(output, steps=steps or HALF, seed=seed + 100)
+        kept = name in KEPT
+        values = train_section(output, steps=2 * HALF if kept else steps or HALF, seed=seed if kept else seed + 100)
         runs.moemm("train", str(output / "config.yaml"), "--resume", *runs.overrides("train", values))
     return output
 
@@ -163,7 +174,7 @@ def rows_of(found: list[dict[str, Curve]]) -> list[Row]:
         reached = [one.reaches(goal, after=behind) for one, goal in zip(curves, goals, strict=True)]
         sunk = [None if steps is None else steps + spent for steps in reached]
         if spent:
-            target = HALF - 1.0 if name in METHODS else None
+            target = HALF - 1.0 if name in METHODS and name in KEPT else None
             rows.append(_steps(name, FURTHER, [steps and steps + spent - HALF for steps in reached], target=target))
         rows.append(_steps(name, SUNK, sunk))
         rows.append(_row(name, LOSS, [one.last() for one in curves]))
@@ -177,9 +188,10 @@ def rows_of(found: list[dict[str, Curve]]) -> list[Row]:
 def _spent(name: str) -> tuple[int, int]:
     """Steps of a run's own curve that do not count as further ones, and steps that were made before its curve begins.
 
-    A run that went on has all in its curve; one that was upcycled begins anew; branches were trained side by side.
+    A run that went on has its steps from the beginning in its curve; one with a fresh optimizer begins at 0; branches
+    were trained side by side.
     """
-    if name == CONTINUED:
+    if name == CONTINUED or name in KEPT:
         return HALF, HALF
     if name == "branch":
         return 0, HALF + len(THIRDS) * BRANCH_STEPS

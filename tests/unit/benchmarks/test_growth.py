@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import growth_extend, growth_upcycle, runs
 from benchmarks.growth_extend import MOEXTEND, NEAREST, RANDOM, WORST, Extended, Result
-from benchmarks.growth_upcycle import CONTINUED, FURTHER, GAIN, LOSS, SUNK, Curve, rows_of
+from benchmarks.growth_upcycle import CONTINUED, FURTHER, GAIN, LOSS, MOEMM, SUNK, Curve, rows_of
 from benchmarks.record import Row
 from moemm.config import load_config
 
@@ -33,15 +33,19 @@ def test_a_loss_is_reached_where_the_mean_of_a_window_is_as_low() -> None:
 def test_steps_that_were_made_before_count_and_seeds_that_never_arrive_are_told() -> None:
     whole = falling(600, 6.0, 0.01)
     fast, slow, never = falling(300, 2.99, 0.02), falling(300, 3.0, 0.005), falling(300, 9.0, 0.0)
-    branch = falling(200, 2.99, 0.02)
-    found = [{CONTINUED: whole, "copy": fast, "drop": slow, "branch": branch, "moemm from scratch": whole}] * 2
-    found[1] = {**found[1], "drop": never}
+    branch, anew = falling(200, 2.99, 0.02), "copy, fresh optimizer"
+    kept = Curve([step + 300 for step in fast.steps], fast.losses, fast.score)
+    found = [{CONTINUED: whole, "copy": kept, anew: fast, "branch": branch, "moemm from scratch": whole}] * 2
+    found = [{**found[0], f"{MOEMM}, fresh optimizer": one} for one in (slow, never)]
     rows = table(rows_of(found))
     assert rows[CONTINUED, FURTHER].value == 300 and rows[CONTINUED, SUNK].value == 600
-    assert rows["copy", FURTHER].value == 160 and rows["copy", SUNK].value == 460 and rows["copy", FURTHER].ok
+    for case in ("copy", anew):
+        assert rows[case, FURTHER].value == 160 and rows[case, SUNK].value == 460
+    assert rows["copy", FURTHER].ok and rows[anew, FURTHER].target is None, "a control is held to nothing"
     assert rows["branch", FURTHER].value == 160 + 3 * growth_upcycle.BRANCH_STEPS
     assert ("moemm from scratch", FURTHER) not in rows and rows["moemm from scratch", SUNK].value == 600
-    assert rows["drop", FURTHER].value is None and rows["drop", FURTHER].note == "0 of 2 seeds got there"
+    slow_row = rows[f"{MOEMM}, fresh optimizer", FURTHER]
+    assert slow_row.value is None and slow_row.note == "0 of 2 seeds got there"
     assert rows["copy", LOSS].better == "lower" and rows["copy", GAIN].value == 0.0
 
 
