@@ -29,25 +29,32 @@ class Latents(nn.Module):
         self.norm = nn.ModuleDict({name: nn.RMSNorm(dim, eps=1e-6) for name in names})
         self.attention = nn.ModuleDict({name: Attention(dim, heads, num_layers=1) for name in names})
 
-    def forward(self, stream: Stream, rows: Sequence[torch.Tensor], backend: Backend) -> Stream:
+    def replace(self, stream: Stream, rows: Sequence[torch.Tensor], backend: Backend) -> Stream:
         """The stream of latents; rows: for each modality the sample of each of its rows, (n,) int64, ascending."""
-        values, samples, modalities = [], [], []
-        parts = zip(self.groups, stream.split(), rows, strict=True)
-        for number, (name, (tokens_TD, sample_T), row_n) in enumerate(parts):
-            values.append(self._attend(name, tokens_TD, torch.searchsorted(row_n, sample_T), len(row_n), backend))
-            samples.append(row_n.repeat_interleave(self.count))
-            modalities.append(torch.full_like(samples[-1], number))
-        values_TD = torch.cat(values)
+        values_TD = self(stream.split(), rows, backend)
+        modalities = [torch.full_like(row_n, number) for number, row_n in enumerate(rows)]
         place_TP = stream.position_TP.new_zeros(values_TD.shape[0], stream.position_TP.shape[1])
         return replace(
             stream,
             values_TD=values_TD,
-            modality_T=torch.cat(modalities),
-            sample_T=torch.cat(samples),
+            modality_T=torch.cat(modalities).repeat_interleave(self.count),
+            sample_T=torch.cat(list(rows)).repeat_interleave(self.count),
             position_TP=place_TP,
             time_T=torch.full_like(place_TP[:, 0], float("nan")),
             lengths=tuple(len(row_n) * self.count for row_n in rows),
         )
+
+    def forward(
+        self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: Sequence[torch.Tensor], backend: Backend
+    ) -> torch.Tensor:
+        """values_TD of that stream; parts: values_TD and sample_T of each modality.
+
+        Tensors in and out, because ZeRO-3 looks for them there, and cannot look into a Stream.
+        """
+        values = []
+        for name, (tokens_TD, sample_T), row_n in zip(self.groups, parts, rows, strict=True):
+            values.append(self._attend(name, tokens_TD, torch.searchsorted(row_n, sample_T), len(row_n), backend))
+        return torch.cat(values)
 
     def _attend(
         self, name: str, tokens_TD: torch.Tensor, row_T: torch.Tensor, num_rows: int, backend: Backend

@@ -144,7 +144,7 @@ class Model(nn.Module):
         stream = self.place(join(parts, batch))
         if self.latents is not None:
             rows = [packed.sample for packed in batch.modalities.values()]
-            stream = self.latents(stream, rows, self.trunk.backend(stream.values_TD))
+            stream = self.latents.replace(stream, rows, self.trunk.backend(stream.values_TD))
         if self.missing is not None:
             absent = self.missing.absent(batch)
             values_AD, stream.missing = self.missing(absent, parts, batch)
