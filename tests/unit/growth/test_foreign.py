@@ -1,7 +1,7 @@
 """Foreign checkpoints: a Vision Transformer of `transformers` in sharded safetensors, and what is not read at all.
 
-hf_vit.json lists names and shapes of the shards that transformers 5.23 writes of a tiny ViTModel; where transformers is
-installed, it makes the files itself.
+hf_vit.json lists names and shapes of the shards that transformers 5.23 writes of a tiny ViTModel; one test has the
+library itself make them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def from_listing(folder: Path) -> Path:
 
 def from_transformers(folder: Path) -> Path:
     """The same by the library itself."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
         num_channels=1,
