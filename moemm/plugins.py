@@ -77,6 +77,23 @@ def load_stored(folder: Path, config: str, plugins: Sequence[Path | str] = ()) -
     return loaded
 
 
+def beside_own(folder: Path, config: str, files: Sequence[Path | str]) -> list[Path]:
+    """`files` behind the run's own copies, for a run that is to grow; a file takes the place of a copy of its name.
+
+    Runs them all; empty where `files` is. config: name of the run's configuration in `folder`. Raises as load_plugins.
+    """
+    given = [Path(os.path.abspath(file)) for file in files]
+    if not given or not (folder / config).is_file():
+        return given
+    names = {_stem(file) for file in given}
+    own = [file for file in load_config(folder / config).plugin_files if _stem(file) not in names]
+    for file in own:
+        _load_copy(file, folder)
+    for file in given:
+        load_plugin(file)
+    return [*(Path(os.path.abspath(file)) for file in own), *given]
+
+
 def load_plugin(path: Path | str) -> Plugin:
     """Run a Python file that registers something, and note that this user named it.
 
@@ -93,9 +110,7 @@ def copy_plugins(loaded: LoadedConfig, folder: Path) -> list[str]:
     names = []
     for file in loaded.plugin_files:
         code = _read(file)
-        match = _COPY.fullmatch(file.name)
-        stem = file.stem[: match.start(1) - 1] if match else file.stem
-        copy = folder / FOLDER / f"{stem}-{_hash(code)[:_DIGITS]}.py"
+        copy = folder / FOLDER / f"{_stem(file)}-{_hash(code)[:_DIGITS]}.py"
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(code)
         names.append(f"{FOLDER}/{copy.name}")
@@ -224,6 +239,12 @@ def _digits(file: Path) -> str:
     """The digits of the sha256 in the name of a run's copy; empty for another file."""
     match = _COPY.fullmatch(file.name)
     return match[1] if match else ""
+
+
+def _stem(file: Path) -> str:
+    """Name of the file without its suffix, and without the digits that a run's copy has behind it."""
+    match = _COPY.fullmatch(file.name)
+    return file.stem[: match.start(1) - 1] if match else file.stem
 
 
 def _known() -> set[str]:

@@ -44,8 +44,6 @@ class Heterogeneity:
     output: Path | None = None
     """File to write; heterogeneity/grouped.yaml in the run's folder when not given."""
     plugin: Plugins = ()
-    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
-    configuration, or of the run's own copies; may be given several times."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -125,8 +123,6 @@ class Conflict:
     output: Path | None = None
     """Configuration to write; conflict/split.yaml in the run's folder when not given."""
     plugin: Plugins = ()
-    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
-    configuration, or of the run's own copies; may be given several times."""
     json: bool = False
     """Print JSON instead of tables."""
 

@@ -26,8 +26,6 @@ class Evaluate:
     """Modalities to take away, with commas between them; `all`: every subset, as a table, CSV and plot in the run's
     folder."""
     plugin: Plugins = ()
-    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
-    configuration, or of the run's own copies; may be given several times."""
     json: bool = False
     """Print JSON instead of a table."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from moemm.cli.output import show, show_json
+from moemm.cli.subject import MorePlugins
 from moemm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Extend:
     """Write the plan here as JSON, and stop; or, if the file exists, carry out the plan in it."""
     no_train: bool = False
     """Write the run and stop, to train it behind a launcher."""
+    plugin: MorePlugins = ()
     json: bool = False
     """Print the receipt as JSON instead of tables."""
 
@@ -96,7 +98,7 @@ class Extend:
         if self.plan is not None and not self.plan.exists():
             return self._write(self._plan(training), self.plan)
         plan = self._plan(training) if self.plan is None else extend.Plan.load(self.plan)
-        receipt = extend.apply(plan, output=self.output, training=not self.no_train, tell=_tell)
+        receipt = extend.apply(plan, output=self.output, training=not self.no_train, plugins=self.plugin, tell=_tell)
         _show(receipt, json=self.json)
         if not self.json:
             config = Path(receipt.target) / "config.yaml"
@@ -114,7 +116,7 @@ class Extend:
             experts={key: value for key, value in experts.items() if value is not None}, init=self.init,
             visible_to=names or None, private=("tokenizer", "head", *(() if self.shared_norms else ("norm",))),
             unfreeze=self.unfreeze, replay=self.replay, name=self.name, options=self._options(), training=training,
-            trying=extend.Trying(samples=self.samples, steps=self.trial_steps), tell=_tell,
+            trying=extend.Trying(samples=self.samples, steps=self.trial_steps), plugins=self.plugin, tell=_tell,
         )  # fmt: skip
 
     def _write(self, plan: Plan, path: Path) -> int:
@@ -156,6 +158,7 @@ class Check:
 
     run_folder: RunFolder
     """Folder of the extended run."""
+    plugin: MorePlugins = ()
     json: bool = False
     """Print the receipt as JSON instead of tables."""
 
@@ -165,7 +168,7 @@ class Check:
         _check_folder(self.run_folder)
         from moemm.growth import extend
 
-        receipt = extend.check(self.run_folder)
+        receipt = extend.check(self.run_folder, plugins=self.plugin)
         _show(receipt, json=self.json)
         return 0 if receipt.ok else 1
 
@@ -180,6 +183,7 @@ class Remove:
     """Name of the extension."""
     output: Path
     """Folder of the new run."""
+    plugin: MorePlugins = ()
     json: bool = False
     """Print the receipt as JSON instead of tables."""
 
@@ -189,7 +193,7 @@ class Remove:
         _check_folder(self.run_folder)
         from moemm.growth import extend
 
-        receipt = extend.remove(self.run_folder, self.name, output=self.output)
+        receipt = extend.remove(self.run_folder, self.name, output=self.output, plugins=self.plugin)
         _show(receipt, json=self.json)
         return 0 if receipt.ok else 1
 

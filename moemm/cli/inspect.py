@@ -23,8 +23,6 @@ class Inspect:
     subject: Annotated[Positional[Path], arg(name="subject", metavar="RUN|CONFIG")]
     """Folder of a run, or YAML file; values of a file's keys may follow: --model.dim 128."""
     plugin: Plugins = ()
-    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
-    configuration, or of the run's own copies; may be given several times."""
     json: bool = False
     """Print JSON instead of tables."""
 

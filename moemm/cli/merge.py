@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from moemm.cli.output import show, show_json
+from moemm.cli.subject import MorePlugins
 from moemm.errors import CheckpointError, ConfigError
 
 
@@ -37,6 +38,7 @@ class Merge:
     """task-vector: coefficients to try; 0,0.1,...,1 when not given."""
     samples: int | None = None
     """fisher, --experts: training samples to measure on; 256 when not given."""
+    plugin: MorePlugins = ()
     json: bool = False
     """Print the receipt as JSON instead of tables."""
 
@@ -59,6 +61,7 @@ class Merge:
             base=self.base,
             alphas=alphas,
             samples=self.samples,
+            plugins=self.plugin,
             tell=_tell,
         )
         if self.json:

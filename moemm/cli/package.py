@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from moemm.cli.output import show, show_json
-from moemm.cli.subject import Plugins
+from moemm.cli.subject import MorePlugins
 
 if TYPE_CHECKING:
     from moemm.growth import Receipt
@@ -32,9 +32,7 @@ class Export:
     """Name of the extension, or a modality that it brought."""
     file: Positional[Annotated[Path, arg(metavar="FILE")]]
     """File to write; out.moemm, say."""
-    plugin: Plugins = ()
-    """Python file that registers modalities, routers ... of your own; its code runs. In place of the run's own copies;
-    may be given several times."""
+    plugin: MorePlugins = ()
 
     def run(self, overrides: Sequence[str]) -> int:
         """Write it; 0."""
@@ -66,9 +64,7 @@ class Load:
     data: Annotated[tuple[Path, ...], UseAppendAction, arg(metavar="FILE")] = ()
     """Data file of the extension's task; may be given several times, by the names that the package knows. Looked for in
     the run's data.root when not given."""
-    plugin: Plugins = ()
-    """Python file that registers modalities, routers ... of your own; its code runs. In place of the run's own copies;
-    may be given several times."""
+    plugin: MorePlugins = ()
     json: bool = False
     """Print the receipt as JSON instead of tables."""
 

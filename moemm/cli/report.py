@@ -29,8 +29,6 @@ class Report:
     quick: bool = False
     """Leave out what needs evaluation; needs neither the data nor a checkpoint."""
     plugin: Plugins = ()
-    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
-    configuration, or of the run's own copies; may be given several times."""
 
     def run(self, overrides: Sequence[str]) -> int:
         """Write it; 0."""

@@ -18,8 +18,25 @@ if TYPE_CHECKING:
     from moemm.models import Model
 
 
-Plugins = Annotated[tuple[Path, ...], UseAppendAction, arg(metavar="FILE")]
-"""Type of the option --plugin of verbs that build a model."""
+_OWN = "Python file that registers modalities, routers ... of your own; its code runs. May be given several times. "
+Plugins = Annotated[
+    tuple[Path, ...],
+    UseAppendAction,
+    arg(
+        metavar="FILE",
+        help=_OWN + "It takes the place of `plugins` of the configuration, or of the run's own copies.",
+    ),
+]
+"""Type of the option --plugin of verbs that build a model; it brings its help text."""
+MorePlugins = Annotated[
+    tuple[Path, ...],
+    UseAppendAction,
+    arg(
+        metavar="FILE",
+        help=_OWN + "The run's own copies run too, but for one of the same name; what is written has a copy of each.",
+    ),
+]
+"""The same for verbs that read runs which grow."""
 
 
 def load(path: Path, overrides: Sequence[str], plugins: Sequence[Path] = ()) -> LoadedConfig:

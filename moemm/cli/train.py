@@ -27,8 +27,6 @@ class Train:
     resume: bool = False
     """Go on from the newest complete checkpoint of train.output."""
     plugin: Plugins = ()
-    """Python file that registers modalities, routers ... of your own; its code runs. In place of `plugins` of the
-    configuration, or of the run's own copies; may be given several times."""
 
     def run(self, overrides: Sequence[str]) -> int:
         """Check the configuration before torch is imported, then train; returns the summary's exit code, 0 mostly."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from moemm.cli.output import show, show_json
+from moemm.cli.subject import MorePlugins
 
 
 @dataclass(kw_only=True)
@@ -59,6 +60,7 @@ class Upcycle:
     """Samples of the batch that is measured on."""
     seed: int = 0
     """Seed of what is drawn for the copies; routers are drawn by train.seed."""
+    plugin: MorePlugins = ()
     json: bool = False
     """Print the receipt as JSON instead of tables."""
 
@@ -67,7 +69,8 @@ class Upcycle:
         del overrides
         from moemm.growth import Wanted, upcycle
 
-        wanted = Wanted(**{name: getattr(self, name) for name in Wanted.__dataclass_fields__})
+        same = [name for name in Wanted.__dataclass_fields__ if name != "plugins"]
+        wanted = Wanted(**{name: getattr(self, name) for name in same}, plugins=self.plugin)
         receipt = upcycle(self.sources, wanted, tell=_tell)
         if self.json:
             show_json(receipt.to_dict())

@@ -49,7 +49,10 @@ def join_runs(bases: Sequence[Base]) -> Start:
                     f"{run.folder} and {runs[0].folder} differ in their section `{key}`; runs whose weights are "
                     "averaged must be of one architecture and objective"
                 )
-    config = replace(runs[0].config, name="branch-train-mix", data=_joint_data(bases), modalities=_modalities(bases))
+    config = replace(
+        runs[0].config, name="branch-train-mix", data=_joint_data(bases), modalities=_modalities(bases),
+        plugins=_plugins(bases),
+    )  # fmt: skip
     config = settled(replace(config, train=replace(config.train, init=None)))
     catalogue = build_catalogue(config.data, base=runs[0].folder)
     specs = _specs(bases, catalogue)
@@ -133,6 +136,12 @@ def _named(bases: Sequence[Base]) -> dict[str, torch.Tensor]:
 def _mean(sources: Sequence[torch.Tensor], fresh: torch.Tensor) -> torch.Tensor:
     del fresh
     return torch.stack([source.double() for source in sources]).mean(0)
+
+
+def _plugins(bases: Sequence[Base]) -> list[str]:
+    """Those of all runs, of one name (a copy's has the hash of its bytes) the first."""
+    files = [Path(os.path.abspath(base.run.folder / name)) for base in bases for name in base.run.config.plugins]
+    return list({file.name: str(file) for file in reversed(files)}.values())[::-1]
 
 
 def _joint_data(bases: Sequence[Base]) -> DataConfig:

@@ -25,6 +25,7 @@ from moemm.growth.extension_proof import OPERATION, Extension, changed_outputs, 
 from moemm.growth.grown import Base, check_target, fresh_model, read_base, size_of, write_grown
 from moemm.growth.package import remove_extension
 from moemm.growth.receipt import Proof, Receipt, lineage, weights_hash
+from moemm.plugins import load_plugins
 from moemm.train import train
 from moemm.train.setup import CONFIG
 
@@ -49,6 +50,7 @@ def plan(
     options: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     trying: Trying | None = None,
+    plugins: Sequence[Path | str] = (),
     tell: Tell = lambda line: None,
 ) -> Plan:
     """Decide how to extend a run. Reads it and the data, and writes nothing; the same plan for the same input.
@@ -64,10 +66,11 @@ def plan(
     private: "norm" gives new modalities norms of their own; tokenizer and head are private in any case.
     unfreeze: all parts move, so that old tasks may be forgotten; replay: old tasks are trained on, too.
     options: of the new modality's tokenizer; training: keys of `train` with other values than the base's.
+    plugins: Python files that what is new needs, a kind of your own say; the plan names them.
     Raises ConfigError, DataError, CheckpointError.
     """
     with torch.random.fork_rng(devices=[]):
-        base = read_base(run)
+        base = read_base(run, plugins=plugins)
     choice = Choice(
         base=base, modality=modality, data=data, task=task, label=label, experts=dict(experts or {}), init=init,
         visible_to=None if visible_to is None else tuple(visible_to), private=tuple(private), unfreeze=unfreeze,
@@ -78,15 +81,17 @@ def plan(
 
 
 def apply(
-    plan: Plan, *, output: Path | str | None = None, training: bool = True, tell: Tell = lambda line: None
-) -> Extension:
+    plan: Plan, *, output: Path | str | None = None, training: bool = True, plugins: Sequence[Path | str] = (),
+    tell: Tell = lambda line: None,
+) -> Extension:  # fmt: skip
     """Write the extended run, train what is new in this process, and prove what became of the old parts.
 
     output: its folder; that of the base with -NAME behind it when not given. training: False writes the run alone;
     `moemm train OUTPUT/config.yaml --resume` behind a launcher trains it, and `check` then renews the receipt.
+    plugins: in place of those that the plan names, which run only where this user has run the same bytes before.
     Raises ConfigError: a folder that holds a run, a plan of another checkpoint. CheckpointError, DataError.
     """
-    base = read_base(plan.run)
+    base = read_base(plan.run, plugins=plugins)
     if weights_hash(base.weights) != plan.base:
         raise ConfigError(
             f"the plan of {plan.name} was made for another checkpoint than the one in {plan.run}\n"
@@ -96,8 +101,12 @@ def apply(
     folder = Path(output or f"{str(plan.run).rstrip('/')}-{plan.name}")
     check_target(folder)
     config = from_dict(plan.config, origin=f"the plan of {plan.name}")
-    config = replace(config, train=replace(config.train, output=str(folder)))
+    config = replace(
+        config, train=replace(config.train, output=str(folder)),
+        plugins=base.run.config.plugins if plugins else config.plugins,
+    )  # fmt: skip
     loaded = LoadedConfig(config=config, path=base.run.folder / CONFIG, source={}, origins={})
+    load_plugins(loaded, stored=True)
     catalogue, specs = extended_data(base, config)
     model = fresh_model(config, catalogue, specs)
     model.load_state_dict(_started(base, model.state_dict(), plan))
@@ -105,26 +114,27 @@ def apply(
         operation=OPERATION, sources=[base.as_source()], target=str(folder), changed=list(plan.changed), proofs=[],
         before=size_of(base.run.model), after=size_of(model),  # type: ignore[arg-type]
         optimizer="not kept: it has states for what is trained now alone",
-        details={**_details(plan), "base_config": to_dict(base.run.config)}, history=lineage(base.run.folder),
+        details={**_details(plan), "base_config": to_dict(_own_config(base))}, history=lineage(base.run.folder),
     )  # fmt: skip
     write_grown(loaded, catalogue, specs, model, receipt)
-    receipt.details["changed_at_first"] = changed_outputs(base, read_base(folder), plan.touched)
+    receipt.details["changed_at_first"] = changed_outputs(base, read_base(folder, plugins=plugins), plan.touched)
     rewrite(receipt)
     if training:
         tell(f"training what is new for {plan.name}")
         if train(load_config(folder / CONFIG), resume=True)["exit_code"]:
             tell(f"stopped; go on with moemm train {folder / CONFIG} --resume, then moemm extend check {folder}")
-    return check(folder)
+    return check(folder, plugins=plugins)
 
 
-def check(folder: Path | str) -> Extension:
+def check(folder: Path | str, *, plugins: Sequence[Path | str] = ()) -> Extension:
     """Compare an extended run, trained or not, with its base, and write what is found into its receipt.
 
+    plugins: as `read_base` takes them, for both runs.
     Raises CheckpointError for a run that is none, or whose base is not there any more.
     """
     receipt = read_extension(Path(folder))
     receipt = replace(receipt, target=str(folder))
-    base, grown = read_base(receipt.sources[0]["folder"]), read_base(folder)
+    base, grown = (read_base(one, plugins=plugins) for one in (receipt.sources[0]["folder"], folder))
     first = Proof(
         what="base checkpoints that are not the one it was extended from",
         value=int(weights_hash(base.weights) != receipt.sources[0]["sha256"]), most=0,
@@ -139,13 +149,14 @@ def check(folder: Path | str) -> Extension:
     return receipt
 
 
-def remove(run: Path | str, name: str, *, output: Path | str) -> Receipt:
+def remove(run: Path | str, name: str, *, output: Path | str, plugins: Sequence[Path | str] = ()) -> Receipt:
     """Write the run without an extension; if it is the last, the weights of before to the bit, as its receipt says.
 
     One that others came after, or that a package brought, goes as `package.remove_extension` has it.
+    plugins: as `read_base` takes them; the run keeps those that the extension came with.
     Raises ConfigError: no such extension, or one that others need. CheckpointError.
     """
-    base = read_base(run)
+    base = read_base(run, plugins=plugins)
     config = base.run.config
     names = [one.name for one in config.model.extensions]
     if name not in names:
@@ -154,9 +165,11 @@ def remove(run: Path | str, name: str, *, output: Path | str) -> Receipt:
     history = lineage(base.run.folder)
     made = _made(history, names)
     if name != names[-1] or made is None:
-        return remove_extension(run, name, output=output)
+        return remove_extension(run, name, output=output, plugins=plugins)
     before = from_dict(made["details"]["base_config"], origin=f"the run before {name}")
-    before = replace(before, train=replace(before.train, output=str(output)), data=_roots(before, config))
+    before = replace(
+        before, train=replace(before.train, output=str(output)), data=_roots(before, config), plugins=config.plugins
+    )
     loaded = LoadedConfig(config=before, path=base.run.folder / CONFIG, source={}, origins={})
     catalogue = build_catalogue(before.data, base=base.run.folder)
     specs = {info.name: base.run.specs[info.name] for info in catalogue.modalities}
@@ -188,6 +201,11 @@ def _made(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[st
 def _roots(before: Config, now: Config) -> Any:
     """The data section of before, with its root as seen from the run that is there now."""
     return replace(before.data, root=now.data.root)
+
+
+def _own_config(base: Base) -> Config:
+    """The base's configuration as it stands in its folder, without plugins that came with the extension."""
+    return load_config(base.run.folder / CONFIG).config
 
 
 def _details(plan: Plan) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from moemm.errors import ConfigError
 from moemm.growth.receipt import FILE_NAME, Receipt, Size, weights_hash
 from moemm.modalities import ModalitySpec
 from moemm.models import Model
+from moemm.plugins import beside_own
 from moemm.train import Run, load_run
 from moemm.train.setup import CHECKPOINTS, CONFIG, SUMMARY, Setup, seeded_model, store_run
 
@@ -41,8 +42,12 @@ class Base:
 
 
 def read_base(path: Path | str, *, plugins: Sequence[Path | str] = ()) -> Base:
-    """Load the run that is to grow, with its data. plugins, and what is raised, as `load_run`."""
-    run = load_run(path, plugins=plugins)
+    """Load the run that is to grow, with its data. What is raised: as `load_run`.
+
+    plugins: Python files to run beside the run's own copies (in place of one of the same name); they are then in its
+    configuration, and so in that of what it grows into.
+    """
+    run = load_run(path, plugins=beside_own(Path(path), CONFIG, plugins))
     found = newest_complete(run.folder / CHECKPOINTS)
     return Base(run, read_weights(found.folder), lambda: Moments.read(found.folder, found.manifest.files))
 

@@ -99,21 +99,23 @@ def merge(
     base: Path | str | None = None,
     alphas: Sequence[float] | None = None,
     samples: int | None = None,
+    plugins: Sequence[Path | str] = (),
     tell: Tell = lambda line: None,
 ) -> Receipt:
     """Merge runs into the run folder `output`, or with `experts` the routed experts of one run into fewer.
 
     method: `uniform` (when not given), `greedy`, `fisher` or `task-vector`. base: where task vectors begin, the first
     of `runs` when not given; alphas: the coefficients tried. samples: of the training mixture, for `fisher` and
-    `experts`. tell: gets a line for each thing that takes time. Reads the splits train and val alone.
+    `experts`. plugins: as `read_base` takes them, for each run. tell: gets a line for each thing that takes time. Reads
+    the splits train and val alone.
     Raises ConfigError: runs that differ, options that do not fit. CheckpointError and DataError as `load_run`.
     """
     _check(runs, method, experts, base=base, alphas=alphas, samples=samples)
     check_target(Path(output))
     if experts is not None:
-        return _merge_experts(read_base(runs[0]), experts, Path(output), samples or SAMPLES, tell)
+        return _merge_experts(read_base(runs[0], plugins=plugins), experts, Path(output), samples or SAMPLES, tell)
     named = [*([base] if base is not None else []), *runs]
-    bases = [read_base(path) for path in named]
+    bases = [read_base(path, plugins=plugins) for path in named]
     check_alike(bases)
     chosen = cast(Method, method or "uniform")
     _check_labels(bases[0], chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 
 from moemm.config import Config, LoadedConfig, from_dict, load_config, to_dict
+from moemm.config.overrides import plugin_overrides
 from moemm.config.schema import ExpertGroupConfig, RouterConfig
 from moemm.data.catalogue import Catalogue
 from moemm.data.sample import PackedBatch
@@ -59,7 +61,8 @@ class Wanted:
     top_k: of them a token uses; granularity: shards that each is cut into. noise, drop: shares, see the methods.
     clusters, steps: of each stage of multiplet. factor: m of expand; duplicates: whether each expert gets m copies, or
     as many as its gradient asks for. optimizer: keep its states and the step, so that training goes on, or begin
-    afresh. samples: of the probe batch. seed: of what is drawn for the copies.
+    afresh. samples: of the probe batch. seed: of what is drawn for the copies. plugins: Python files to run beside the
+    copies of the runs, and in place of `plugins` of the recipe.
     """
 
     method: Method = "copy"
@@ -78,6 +81,7 @@ class Wanted:
     optimizer: Literal["keep", "fresh"] = "fresh"
     samples: int = 64
     seed: int = 0
+    plugins: tuple[Path, ...] = ()
 
 
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -214,7 +218,14 @@ def _with_paths(wanted: Wanted) -> Wanted:
     recipe, rules, output = (
         None if value is None else Path(value) for value in (wanted.recipe, wanted.rules, wanted.output)
     )
-    return replace(wanted, recipe=recipe, rules=rules, output=output)
+    return replace(wanted, recipe=recipe, rules=rules, output=output, plugins=tuple(map(Path, wanted.plugins)))
+
+
+def _recipe(path: Path, plugins: Sequence[Path]) -> LoadedConfig:
+    """The recipe, its plugins (or those given in their place) run."""
+    loaded = load_config(path, plugin_overrides(plugins))
+    load_plugins(loaded)  # a router of the user's own, say
+    return loaded
 
 
 Make = Callable[[Path, list[PackedBatch]], Made]
@@ -235,20 +246,20 @@ def _prepare(paths: Sequence[Path], wanted: Wanted, tell: Tell) -> tuple[Start, 
     if wanted.method == "branch":
         from moemm.growth.branch import branch, join_runs
 
-        bases = [read_base(path) for path in paths]
+        bases = [read_base(path, plugins=wanted.plugins) for path in paths]
         start = join_runs(bases)
         return start, lambda output, batches: branch(bases, start, wanted, output, batches)
     if wanted.method == "multiplet":
         from moemm.growth.multiplet import multiplet
 
-        base = read_base(paths[0])
+        base = read_base(paths[0], plugins=wanted.plugins)
         start = Start.of_run(base)
         return start, lambda output, batches: multiplet(base, start, wanted, output, batches, tell)
     if wanted.rules is not None:
         assert wanted.recipe is not None
-        start = read_foreign(paths[0], wanted.rules, load_config(wanted.recipe))
+        start = read_foreign(paths[0], wanted.rules, _recipe(wanted.recipe, wanted.plugins))
     else:
-        start = Start.of_run(read_base(paths[0]))
+        start = Start.of_run(read_base(paths[0], plugins=wanted.plugins))
     if wanted.method == "expand":
         from moemm.growth.expand import expand
 
@@ -291,11 +302,10 @@ def target_config(start: Config, wanted: Wanted, output: Path, groups: Sequence[
     own, and where model and data contradict each other.
     """
     if wanted.recipe is not None:
-        loaded = load_config(wanted.recipe)
-        load_plugins(loaded)  # a router of the user's own, say
+        loaded = _recipe(wanted.recipe, wanted.plugins)
         recipe = loaded.config
         _check_shape(start, recipe, wanted.recipe)
-        own = [str(file.resolve()) for file in loaded.plugin_files]
+        own = [os.path.abspath(file) for file in loaded.plugin_files]
         plugins = start.plugins + [file for file in own if file not in start.plugins]
         config = replace(start, name=recipe.name, model=recipe.model, train=recipe.train, plugins=plugins)
     else:
@@ -454,6 +464,7 @@ def proofs_of(before: Model, made: Made, batches: Sequence[PackedBatch]) -> list
 
 def _told_options(wanted: Wanted) -> dict[str, Any]:
     values = {name: getattr(wanted, name) for name in Wanted.__dataclass_fields__}
+    values["plugins"] = [str(file) for file in wanted.plugins] or None
     return {
         name: str(value) if isinstance(value, Path) else value for name, value in values.items() if value is not None
     }
