@@ -8,8 +8,8 @@ caption is of another digit or motion, and in some settings the recording too is
 video-audio and video-text, scored on the clean test split: share of the clips whose own caption is among the five
 nearest of the 60, and accuracy of a linear probe of the digit on the three encodings. Whoever knows the planted pairs
 (`oracle`) shows what there is to gain; dropping or weighing at random, at the same rates in each step, shows what comes
-of counting fewer pairs alone. In one setting each clip has one recording and one caption, which come again and again; in
-another each triplet is seen once, in a third of the steps of the others.
+of counting fewer pairs alone. In one setting each clip has one recording and one caption that come
+again and again; in another each triplet is seen once, in a third of the steps of the others.
 """
 
 from __future__ import annotations
