@@ -4,8 +4,8 @@
     python -W ignore -m benchmarks.scaling --steps 4       # to see that it works
 
 Each rank computes with one thread. Time of a step: median over `--steps`, after some that warm it up; cases are run in
-turn, `--rounds` times. Bytes: payloads of the collectives of a step on rank 0, as testing.traffic counts them. Both
-ranks share this machine's memory, so that a message costs a copy.
+turn, `--rounds` times. Bytes: payloads of the collectives of a step on rank 0, as testing.traffic counts them, and what
+`moemm plan` says they are. Both ranks share this machine's memory, so that a message costs a copy.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,14 @@ from typing import Any
 from benchmarks import record
 from benchmarks.record import Matrix, Row
 from benchmarks.runs import ROOT, deviation
+from moemm.config import load_config
 from moemm.distributed import connect
+from moemm.plan.devices import parse_cluster
+from moemm.plan.layout import make_layout
+from moemm.plan.network import collectives
+from moemm.plan.parameters import build_shape
+from moemm.plan.source import from_data
+from moemm.plan.workload import workload
 from moemm.testing.distributed import run_distributed
 from moemm.testing.traffic import Traffic, count_traffic
 from moemm.train.callbacks import Callback
@@ -62,7 +71,6 @@ class Watch(Callback):
 
 def measure(folder: str, stage: int, ep_size: int, steps: int) -> dict[str, Any]:
     """Median seconds of a step, and bytes a step by kind, on this rank."""
-    from moemm.config import load_config
     from moemm.train.setup import prepare
     from moemm.train.signals import StopRequest
     from moemm.train.trainer import Trainer
@@ -95,8 +103,23 @@ def run(case: Case, folder: Path, steps: int) -> list[dict[str, Any]]:
     return [result.value for result in results]
 
 
-def rows_of(case: Case, found: list[list[dict[str, Any]]], alone: list[float]) -> list[Row]:
-    """The rows of a case: found, of each round and rank; alone, seconds of a step of one rank in each round."""
+def planned(case: Case) -> dict[str, int]:
+    """Bytes of a step on a rank by kind, as the planner has them. What all-to-alls carry depends on the routing."""
+    ranks, stage, ep_size = case
+    loaded = load_config(RECIPE, ["--data.modality_dropout=0"])
+    shape = build_shape(loaded.config, from_data(loaded))
+    layout = make_layout(
+        shape, ranks=ranks, stage=stage, ep=ep_size, micro_batch=loaded.config.train.batch_size // ranks
+    )
+    sent: Counter[str] = Counter()
+    for one in collectives(shape, workload(shape), layout, parse_cluster("cpu").device):
+        sent[one.kind] += one.payload
+    return dict(sent)
+
+
+def rows_of(case: Case, found: list[list[dict[str, Any]]], alone: list[float], plan: Mapping[str, int]) -> list[Row]:
+    """The rows of a case: found, of each round and rank; alone, seconds of a step of one rank in each round; plan, as
+    `planned` gives it."""
     name = f"2 ranks, ZeRO {case[1]}, ep {case[2]}"
     ratios = [ranks[0]["seconds"] / one for ranks, one in zip(found, alone, strict=True)]
     seconds = [ranks[0]["seconds"] * 1000 for ranks in found]
@@ -109,7 +132,12 @@ def rows_of(case: Case, found: list[list[dict[str, Any]]], alone: list[float]) -
     others = set(sent) - set(KINDS)
     assert not others, f"say in KINDS what {others} are"
     rows += [Row(case=name, metric=kind, value=sent.get(kind, 0.0) / 1e6, unit="MB", better="lower") for kind in KINDS]
-    return [*rows, Row(case=name, metric="all kinds", value=sum(sent.values()) / 1e6, unit="MB", better="lower")]
+    rows.append(Row(case=name, metric="all kinds", value=sum(sent.values()) / 1e6, unit="MB", better="lower"))
+    rows.append(Row(case=name, metric="planned", value=sum(plan.values()) / 1e6, unit="MB", better="lower"))
+    fixed = [sum(amount for kind, amount in one.items() if kind != "all_to_all") for one in (sent, plan)]
+    off = abs(fixed[0] - fixed[1]) / fixed[0] if fixed[0] else 0.0
+    rows.append(Row(case=name, metric="planned, off", value=off, better="lower"))
+    return rows
 
 
 def main() -> None:
@@ -132,8 +160,12 @@ def main() -> None:
                 else:
                     found[case].append(measured)
     rows = [Row(case="1 rank", metric="step", value=statistics.median(alone) * 1000, unit="ms", better="lower")]
-    rows += [row for case in CASES for row in rows_of(case, found[case], alone)]
-    columns = {"ms": "step", "step / 1 rank": "step / 1 rank", **{kind: kind for kind in (*KINDS, "all kinds")}}
+    rows += [row for case in CASES for row in rows_of(case, found[case], alone, planned(case))]
+    columns = {
+        "ms": "step",
+        "step / 1 rank": "step / 1 rank",
+        **{kind: kind for kind in (*KINDS, "all kinds", "planned")},
+    }
     matrix = Matrix(title="a step of 2 ranks, MB on rank 0", columns=columns, digits=2)
     path = record.write("scaling", rows, seeds=[0], seconds=time.perf_counter() - began, matrices=[matrix])
     from benchmarks.tables import show
