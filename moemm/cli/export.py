@@ -37,5 +37,6 @@ class Export:
         manifest = export_run(self.run_folder, self.output)
         size = sum(entry["size"] for entry in manifest.files.values())
         show(f"wrote {self.output} (step {manifest.step}, {len(manifest.files)} files, {size / 2**20:.1f} MiB)")
-        show(f'to predict  python -c "import moemm; model = moemm.load({str(self.output)!r})"')
+        show(f"to predict  moemm predict {self.output} --data FILE")
+        show(f"            in Python: moemm.load({str(self.output)!r})")
         return 0

@@ -59,6 +59,11 @@ VERBS: dict[str, Verb] = {
         target="moemm.cli.evaluate:Evaluate",
         help="score a run, with modalities taken away if wanted",
     ),
+    "predict": Verb(
+        usage="RUN --data FILE",
+        target="moemm.cli.predict:Predict",
+        help="what a model says of each sample of a data file",
+    ),
     "inspect": Verb(
         usage="RUN|CONFIG",
         target="moemm.cli.inspect:Inspect",

@@ -137,18 +137,24 @@ def _known(first: ModalityInfo, second: ModalityInfo) -> ModalityInfo:
     return replace(first, **extra)
 
 
-def _check_alike(first: ModalityInfo, second: ModalityInfo, owner: TaskConfig, entry: TaskConfig, stored: str) -> None:
-    differ = [key for key in _ALIKE if getattr(first, key) != getattr(second, key)]
-    differ += [
+def differing(first: ModalityInfo, second: ModalityInfo) -> list[tuple[str, str, str]]:
+    """What keeps two modalities from being read by one tokenizer: the key, and its value in each, as text."""
+    keys = [key for key in _ALIKE if getattr(first, key) != getattr(second, key)]
+    keys += [
         key
         for key in _ALIKE_IF_KNOWN
         if getattr(first, key) and getattr(second, key) and getattr(first, key) != getattr(second, key)
     ]
+    return [(key, _show(first, key), _show(second, key)) for key in keys]
+
+
+def _check_alike(first: ModalityInfo, second: ModalityInfo, owner: TaskConfig, entry: TaskConfig, stored: str) -> None:
+    differ = differing(first, second)
     if not differ:
         return
     rename = {**entry.rename, stored: f"{entry.name}_{stored}"}
     line = ", ".join(f"{key}: {value}" for key, value in rename.items())
-    details = "; ".join(f"{key} {_show(first, key)} against {_show(second, key)}" for key in differ)
+    details = "; ".join(f"{key} {one} against {other}" for key, one, other in differ)
     raise DataError(
         f"{owner.file} (task {owner.name}) and {entry.file} (task {entry.name}) disagree about modality "
         f"{first.name!r}: {details}\n"

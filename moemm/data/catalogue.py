@@ -8,6 +8,8 @@ from typing import Literal
 
 TargetKind = Literal["classification", "multilabel", "regression"]
 SPLITS = {"train": 0, "val": 1, "test": 2, "ood": 3}
+NO_SPLIT = 255
+"""Split of every sample of a file without /split, which can be predicted and nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

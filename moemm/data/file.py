@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from moemm.data.cache import ArrayCache
-from moemm.data.catalogue import SPLITS, ModalityInfo, TargetKind
+from moemm.data.catalogue import NO_SPLIT, SPLITS, ModalityInfo, TargetKind
 from moemm.data.layout import Layout, StoredModality, load_layout, value_dtype
 from moemm.data.limits import CACHE_BYTES, MAX_OUTPUTS, MAX_ROW_BYTES, collected, printable, refusal, size
 from moemm.data.storage import Storage
@@ -53,13 +53,14 @@ class FileInfo:
 class DataFile:
     """A file in moemm's format, opened read-only; use it as a context manager. `read(name, i)` gives one value.
 
+    labelled: refuse a file without labels or /split, which can be predicted and nothing else.
     It may be used after a fork. Raises DataError, naming file, object, what was found and what is allowed, for
     whatever is broken or hostile; nothing outside the file is ever read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, cache_bytes: int = CACHE_BYTES, labelled: bool = True) -> None:
         self.path = os.fspath(path)
-        self._layout: Layout = load_layout(self.path)
+        self._layout: Layout = load_layout(self.path, labelled=labelled)
         self._cache = ArrayCache(self.path, cache_bytes=cache_bytes)
         try:
             self._present: dict[str, np.ndarray] = {}
@@ -93,6 +94,11 @@ class DataFile:
     def layout(self) -> Layout:
         """Names, shapes, types and attributes of everything in the file."""
         return self._layout
+
+    @property
+    def has_split(self) -> bool:
+        """Whether it says which split each sample is in; else `split` is full of NO_SPLIT."""
+        return self._layout.split is not None
 
     def targets(self, label: str = "label") -> np.ndarray:
         """Targets of all samples: (N,) int64 classes, (N, C) float32 multilabel, (N,) or (N, C) float32 numbers."""
@@ -189,6 +195,8 @@ class DataFile:
             }
 
     def _split(self) -> np.ndarray:
+        if self._layout.split is None:
+            return np.full(len(self), NO_SPLIT, np.uint8)
         split = self.column(self._layout.split)
         wrong = np.flatnonzero((split < 0) | (split >= len(SPLITS)))
         if wrong.size:

@@ -19,7 +19,7 @@ _MAX_CLASSES = 30
 
 def inspect_file(path: str | os.PathLike[str]) -> RenderableType:
     """Description, modalities and labels of a file, to print with rich. DataError: a broken or hostile file."""
-    with DataFile(path) as file:
+    with DataFile(path, labelled=False) as file:
         labels = [part for label in file.info.labels.values() for part in _label_parts(file, label)]
         return Group(_facts(file), "", _modality_grid(file), *labels)
 
@@ -34,7 +34,8 @@ def _facts(file: DataFile) -> Grid:
     rows = {
         "file": f"{file.path} ({size(info.num_bytes)}, format {info.format})",
         "task": info.task,
-        "samples": f"{info.num_samples}: {splits}{groups}",
+        "samples": f"{info.num_samples}: {splits or 'no split'}{groups}",
+        "labels": "" if info.labels else "none: it can be predicted, not trained on",
         "licence": info.licence,
         "sources": ", ".join(info.sources),
         "pairing": info.pairing,

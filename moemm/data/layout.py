@@ -49,7 +49,7 @@ class Layout:
     """All of a file but its data. `labels`, `label_attributes` and `class_names` have the same keys."""
 
     attributes: dict[str, Attribute]
-    split: Storage
+    split: Storage | None
     group: Storage | None
     labels: dict[str, Storage]
     label_attributes: dict[str, dict[str, Attribute]]
@@ -66,32 +66,39 @@ class Layout:
 
     def storages(self) -> list[Storage]:
         """Every stored array."""
-        columns = [self.split, *([] if self.group is None else [self.group]), *self.labels.values()]
+        columns = [*(one for one in (self.split, self.group) if one is not None), *self.labels.values()]
         return columns + [part for modality in self.modalities.values() for part in modality.parts.values()]
 
 
-def load_layout(path: str) -> Layout:
-    """The layout of the file at `path`, read in a process of its own. DataError: a broken or hostile file."""
+def load_layout(path: str, *, labelled: bool = True) -> Layout:
+    """The layout of the file at `path`, read in a process of its own. DataError: a broken or hostile file.
+
+    labelled: refuse a file without labels or /split.
+    """
+    read = partial(_read_file, path, labelled)
     num_bytes = check_file(path)
     seconds = READ_SECONDS * (1 + num_bytes / GIB)
     try:
-        return run_apart(partial(_read_file, path), seconds=seconds) if hasattr(os, "fork") else _read_file(path)
+        return run_apart(read, seconds=seconds) if hasattr(os, "fork") else read()
     except Stopped as stopped:
         found = f"HDF5 came to no end with its structure ({printable(stopped, limit=200)})"
         do = "check that the copy is complete (its size, its checksum) and fetch it again"
         raise refusal(path, "/", found, allowed="a complete, unchanged HDF5 file", do=do) from None
 
 
-def _read_file(path: str) -> Layout:
+def _read_file(path: str, labelled: bool) -> Layout:
     container = Container(path)
     try:
-        return read_layout(container)
+        return read_layout(container, labelled=labelled)
     finally:
         container.close()
 
 
-def read_layout(file: Container) -> Layout:
-    """The layout of an open file. DataError: a part that is missing, of the wrong kind, or disagrees with another."""
+def read_layout(file: Container, *, labelled: bool = True) -> Layout:
+    """The layout of an open file. DataError: a part that is missing, of the wrong kind, or disagrees with another.
+
+    labelled: as that of load_layout.
+    """
     attributes = file.attributes(file.root, "/")
     if attributes.get("format") not in FORMATS:
         found = f"format {printable(attributes.get('format'))!r}"
@@ -99,13 +106,15 @@ def read_layout(file: Container) -> Layout:
     names = file.links(file.root, "/")
     columns = {name: file.dataset(file.root, name, f"/{name}") for name in names if _is_column(name)}
     labels = {name: column for name, column in columns.items() if name.startswith("label")}
-    _check_columns(file, columns, labels)
-    num_samples = columns["split"].storage.shape[0]
+    if labelled:
+        _check_labelled(file, columns, labels)
     if "modalities" not in names:
         raise file.refuse("/", "no group 'modalities'", allowed="/modalities with a group for each modality")
+    num_samples = columns["split"].storage.shape[0] if "split" in columns else _count(file, columns)
+    _check_columns(file, columns, labels, num_samples)
     return Layout(
         attributes=attributes,
-        split=columns["split"].storage,
+        split=columns["split"].storage if "split" in columns else None,
         group=columns["group"].storage if "group" in columns else None,
         labels={name: column.storage for name, column in labels.items()},
         label_attributes={name: column.attributes for name, column in labels.items()},
@@ -130,18 +139,39 @@ def _is_column(name: str) -> bool:
     return name in ("label", "split", "group") or (name.startswith("label_") and bool(NAME.fullmatch(name)))
 
 
-def _check_columns(file: Container, columns: Mapping[str, StoredDataset], labels: Mapping[str, StoredDataset]) -> None:
+def _count(file: Container, columns: Mapping[str, StoredDataset]) -> int:
+    """Samples of a file without /split: by its labels, or by what its first modality declares."""
+    for column in columns.values():
+        return column.storage.shape[0]
+    parent = file.group(file.root, "modalities", "/modalities")
+    for name in file.links(parent, "/modalities"):
+        place = f"/modalities/{name}"
+        group = file.group(parent, name, place)
+        parts = file.links(group, place)
+        for part, more in (("offsets", 1), ("num", 0), ("data", 0)):
+            if part in parts:
+                return file.dataset(group, part, f"{place}/{part}").storage.shape[0] - more
+    return 0
+
+
+def _check_labelled(file: Container, columns: Mapping[str, StoredDataset], labels: Mapping[str, StoredDataset]) -> None:
     if not labels:
         raise file.refuse("/", "no labels", allowed="a dataset 'label' (or 'label_NAME') with a target for each sample")
     if "split" not in columns:
         raise file.refuse("/", "no dataset 'split'", allowed="/split: 0 train, 1 val, 2 test, 3 ood for each sample")
-    num_samples = columns["split"].storage.shape[0]
+
+
+def _check_columns(
+    file: Container, columns: Mapping[str, StoredDataset], labels: Mapping[str, StoredDataset], num_samples: int
+) -> None:
     if not 0 < num_samples <= file.num_bytes:
-        raise file.refuse("/split", f"{num_samples} samples", allowed="at least 1, and no more than the file has bytes")
+        place = "/split" if "split" in columns else "/modalities"
+        raise file.refuse(place, f"{num_samples} samples", allowed="at least 1, and no more than the file has bytes")
+    rows_of = "/split" if "split" in columns else "its other columns"
     for name, column in columns.items():
         shape, dtype = column.storage.shape, column.storage.dtype
         if shape[0] != num_samples:
-            raise file.refuse(f"/{name}", f"{shape[0]} rows", allowed=f"{num_samples}, as many as /split")
+            raise file.refuse(f"/{name}", f"{shape[0]} rows", allowed=f"{num_samples}, as many as {rows_of}")
         integers = len(shape) == 1 and dtype.kind in "iu"
         if name in labels and not integers:
             multilabel = len(shape) == 2 and dtype == np.uint8

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -161,10 +161,22 @@ class TrainSamples:
         return goes
 
 
-class SplitSamples:
-    """Items of one split -> samples."""
+class Samples(Protocol):
+    """Samples by number, as SplitDataset and GivenSamples have them."""
 
-    def __init__(self, dataset: SplitDataset) -> None:
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: int) -> Sample: ...
+
+    def present(self) -> np.ndarray:
+        """(n,) bool: which samples have a modality left."""
+        ...
+
+
+class SplitSamples:
+    """Items of one split, or of a file -> samples."""
+
+    def __init__(self, dataset: Samples) -> None:
         self._dataset = dataset
 
     def __call__(self, items: Sequence[int]) -> list[Sample]:
@@ -378,6 +390,28 @@ def eval_loader(
             f"  allowed: splits that have samples: {', '.join(s for s, n in dataset.task.sizes.items() if n)}\n"
             "  to do: name one of these, or mark samples in /split"
         )
+    return one_pass(
+        catalogue,
+        dataset,
+        batch_size=batch_size,
+        prepare=prepare,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+    )
+
+
+def one_pass(
+    catalogue: Catalogue,
+    dataset: Samples,
+    *,
+    batch_size: int,
+    prepare: Prepare | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> BatchLoader:
+    """This rank's batches of all samples that have a modality left, in their order; `num_skipped` counts the others."""
     kept = np.flatnonzero(dataset.present()).tolist()
     wide = batch_size * world_size
     starts = range(rank * batch_size, rank * batch_size + len(kept) + (-len(kept)) % wide, wide)

@@ -20,7 +20,7 @@ def repack_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
 
     Raises DataError: a source that is broken, a target that cannot be written.
     """
-    with DataFile(source) as file:
+    with DataFile(source, labelled=False) as file:
         layout, info = file.layout, file.info
         labels = {
             name: LabelData(
@@ -33,8 +33,8 @@ def repack_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
         return write_file(
             target,
             task=info.task,
-            labels=labels,
-            split=file.split,
+            labels=labels or None,
+            split=file.split if file.has_split else None,
             group=file.group,
             modalities={name: _modality(file, modality) for name, modality in layout.modalities.items()},
             licence=info.licence,

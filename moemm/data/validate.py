@@ -44,7 +44,7 @@ def validate_file(path: str | os.PathLike[str]) -> Report:
     """Reads every byte of a data file and reports all problems. Never raises DataError: it becomes the report."""
     report = Report(os.fspath(path))
     try:
-        with DataFile(path) as file:
+        with DataFile(path, labelled=False) as file:
             _check_splits(file, report)
             for label in file.info.labels.values():
                 _check_label(file, label, report)
@@ -55,6 +55,7 @@ def validate_file(path: str | os.PathLike[str]) -> Report:
             _check_duplicates(file, values, report)
             report.warnings += values.remarks()
             counts = ", ".join(f"{name} {int((file.split == n).sum())}" for name, n in SPLITS.items())
+            counts = counts if file.has_split else "no split"
             report.facts.append(f"{len(file)} samples ({counts}), {len(file.modalities)} modalities, all values read")
     except DataError as error:
         report.errors.append(str(error))
@@ -62,7 +63,10 @@ def validate_file(path: str | os.PathLike[str]) -> Report:
 
 
 def _check_splits(file: DataFile, report: Report) -> None:
-    for name in ("train", "val", "test"):
+    for what, there in (("labels", bool(file.info.labels)), ("split", file.has_split)):
+        if not there:
+            report.warnings.append(f"/: no {what}; such a file can be predicted (moemm predict), not trained on")
+    for name in ("train", "val", "test") if file.has_split else ():
         if not (file.split == SPLITS[name]).any():
             target = report.warnings if name == "test" else report.errors
             target.append(f"/split: no sample of split {name} ({SPLITS[name]})")

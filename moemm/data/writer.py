@@ -65,9 +65,9 @@ def write_file(
     path: str | os.PathLike[str],
     *,
     task: str,
-    labels: Mapping[str, LabelData] | np.ndarray,
-    split: np.ndarray,
     modalities: Mapping[str, ModalityData],
+    labels: Mapping[str, LabelData] | np.ndarray | None = None,
+    split: np.ndarray | None = None,
     group: np.ndarray | None = None,
     class_names: Sequence[str] = (),
     metric: str | None = None,
@@ -80,12 +80,17 @@ def write_file(
 
     labels: the targets, or several: {"label": ..., "label_<aux>": ...}. class_names and metric describe `label`.
     split: (N,) 0 train, 1 val, 2 test, 3 out of domain. group: (N,) subject or item that must not straddle splits.
+    A file without labels, or without a split, can be predicted (`moemm predict`) and not trained on.
     Raises DataError: anything that the reader would refuse.
     """
+    labelled = labels is not None and split is not None
+    if labels is None:
+        labels = {}
     if not isinstance(labels, Mapping):
         labels = {"label": LabelData(values=np.asarray(labels), class_names=class_names, metric=metric)}
     nodes = {"/": Node(attributes=_root(task, labels, licence, pairing, honesty, sources))}
-    nodes["split"] = Node(np.asarray(split, np.uint8))
+    if split is not None:
+        nodes["split"] = Node(np.asarray(split, np.uint8))
     if group is not None:
         nodes["group"] = Node(np.asarray(group, np.int32))
     for name, label in labels.items():
@@ -93,10 +98,10 @@ def write_file(
     nodes["modalities"] = Node()
     for name, data in modalities.items():
         nodes |= _modality_nodes(f"modalities/{name}", data)
-    return _commit(Path(path), nodes)
+    return _commit(Path(path), nodes, labelled=labelled)
 
 
-def _commit(path: Path, nodes: dict[str, Node]) -> FileInfo:
+def _commit(path: Path, nodes: dict[str, Node], *, labelled: bool) -> FileInfo:
     for name, node in nodes.items():
         for key, value in node.attributes.items():
             if isinstance(value, str) and len(value.encode()) > _LONGEST_ATTRIBUTE:
@@ -106,7 +111,7 @@ def _commit(path: Path, nodes: dict[str, Node]) -> FileInfo:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write_tree(partial, nodes, chunk_bytes=_CHUNK_BYTES)
-        with DataFile(partial) as file:
+        with DataFile(partial, labelled=labelled) as file:
             for index in range(len(file)):
                 file.sample(index)
             info = file.info

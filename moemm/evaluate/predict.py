@@ -1,20 +1,25 @@
-"""Predictions for samples in memory: what a trained model is for. n samples, C classes, labels or target columns."""
+"""Predictions for samples in memory or in a file: what a trained model is for. n samples, C classes, labels or target
+columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from moemm.config.suggest import did_you_mean
 from moemm.data.catalogue import TaskInfo
-from moemm.data.pack import Packer, target_shape
+from moemm.data.given import ALL, blank
+from moemm.data.pack import Packer
 from moemm.data.sample import Sample, Value
 from moemm.errors import ConfigError, DataError
+from moemm.evaluate.answers import chosen_of, named, scores_of
+from moemm.evaluate.given import FilePredictions, predict_file
 from moemm.evaluate.run import TrainedRun
+from moemm.evaluate.scoring import inferring, pass_over
 from moemm.modalities import prepare_functions
 
 
@@ -34,7 +39,7 @@ class Prediction:
 
 
 class Predictor:
-    """A trained model that answers for samples in memory; needs no DeepSpeed, no process group and no data file."""
+    """A trained model that answers for samples, in memory or in a file; needs no DeepSpeed and no process group."""
 
     def __init__(self, run: TrainedRun) -> None:
         self.run, self.model = run, run.model
@@ -61,8 +66,28 @@ class Predictor:
         """
         info = self._task(task)
         given = [_sample(info, number, values) for number, values in enumerate(samples)]
-        batches = (given[first : first + batch_size] for first in range(0, len(given), batch_size))
-        return [_prediction(info, row_C) for batch in batches for row_C in self._outputs(info, batch)]
+        batches = (self._packer(given[first : first + batch_size]) for first in range(0, len(given), batch_size))
+        device = next(self.model.parameters()).device
+        with inferring(self.model):
+            output_nC = pass_over(self.model, batches, [info], device=device).outputs[info.name]
+        answers = named(info, chosen_of(info, output_nC))
+        return [Prediction(info.name, *one) for one in zip(scores_of(info, output_nC), answers, strict=True)]
+
+    def predict_file(
+        self,
+        path: Path | str,
+        *,
+        task: str | None = None,
+        split: str = ALL,
+        missing: Sequence[str] = (),
+        batch_size: int = 256,
+    ) -> FilePredictions:
+        """A prediction for each sample of a data file, which needs neither labels nor a split.
+
+        task: name of the task; that which the file names when not given. split: `all`, or one that the file has.
+        missing: modalities to take away. What is raised: as `predict_file` of moemm/evaluate/given.py.
+        """
+        return predict_file(self.run, path, task=task, split=split, missing=missing, batch_size=batch_size)
 
     def _task(self, name: str | None) -> TaskInfo:
         if name is None and len(self.tasks) == 1:
@@ -72,11 +97,6 @@ class Predictor:
             given = "no task was given" if name is None else f"there is no task {name!r}{near}"
             raise ConfigError(f"{given}; this model has {', '.join(self.tasks)}: predict(samples, task=...)")
         return self.tasks[name]
-
-    def _outputs(self, task: TaskInfo, samples: Sequence[Sample]) -> Iterator[torch.Tensor]:
-        device = next(self.model.parameters()).device
-        with torch.no_grad():
-            yield from self.model(self._packer(samples).to(device)).outputs[task.name].float().cpu()
 
 
 def _sample(task: TaskInfo, number: int, values: Mapping[str, Value]) -> Sample:
@@ -88,20 +108,4 @@ def _sample(task: TaskInfo, number: int, values: Mapping[str, Value]) -> Sample:
             )
     if not values:
         raise DataError(f"sample {number} has no modality\n  allowed: one or more of {', '.join(task.modalities)}")
-    shape = target_shape(task, 1)[1:]
-    return Sample(task.name, number, dict(values), np.zeros(shape, np.float32) if shape else 0)
-
-
-def _prediction(task: TaskInfo, row_C: torch.Tensor) -> Prediction:
-    if task.target == "classification":
-        scores = row_C.softmax(-1).numpy()
-        return Prediction(task.name, scores, _name(task, int(scores.argmax())))
-    if task.target == "multilabel":
-        scores = row_C.sigmoid().numpy()
-        return Prediction(task.name, scores, [_name(task, label) for label in np.flatnonzero(scores > 0.5).tolist()])
-    values = row_C.tolist()
-    return Prediction(task.name, row_C.numpy(), values[0] if len(values) == 1 else values)
-
-
-def _name(task: TaskInfo, label: int) -> str | int:
-    return task.class_names[label] if task.class_names else label
+    return Sample(task.name, number, dict(values), blank(task))

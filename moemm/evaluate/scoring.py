@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from moemm.data import eval_loader
 from moemm.data.catalogue import Catalogue, TaskInfo
-from moemm.data.sample import Prepare
+from moemm.data.sample import PackedBatch, Prepare
 from moemm.errors import ConfigError
 from moemm.evaluate.metrics import score
 
@@ -57,14 +58,21 @@ def evaluate_model(model: nn.Module, catalogue: Catalogue, plan: EvaluationPlan)
     unknown = [name for name in plan.drop if name not in names]
     if unknown:
         raise ConfigError(f"--missing {unknown[0]}: no such modality; this run has {', '.join(names)}")
+    with inferring(model):
+        found: dict[str, TaskScore] = {}
+        for group in catalogue.groups:
+            found |= _score_group(model, catalogue, [catalogue.tasks[number] for number in group], plan)
+        return {task.name: found[task.name] for task in catalogue.tasks if task.name in found}
+
+
+@contextmanager
+def inferring(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and no gradients; afterwards the model's mode is as before."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            found: dict[str, TaskScore] = {}
-            for group in catalogue.groups:
-                found |= _score_group(model, catalogue, [catalogue.tasks[number] for number in group], plan)
-            return {task.name: found[task.name] for task in catalogue.tasks if task.name in found}
+            yield
     finally:
         model.train(training)
 
@@ -100,8 +108,6 @@ def _predict(
     model: nn.Module, catalogue: Catalogue, tasks: Sequence[TaskInfo], drawn: TaskInfo, plan: EvaluationPlan
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """task -> (n, C) outputs and the targets of this rank's share."""
-    outputs = {task.name: [np.zeros((0, task.outputs), np.float32)] for task in tasks}
-    targets: dict[str, list[np.ndarray]] = {task.name: [] for task in tasks}
     loader = eval_loader(
         catalogue,
         task=drawn.name,
@@ -112,10 +118,35 @@ def _predict(
         rank=plan.rank,
         world_size=plan.world_size,
     )
-    for batch in loader:
-        found = model(batch.to(plan.device)).outputs
+    passed = pass_over(model, loader, tasks, device=plan.device)
+    return {task.name: (passed.outputs[task.name], passed.targets[task.name]) for task in tasks}
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Of each task (n, C) outputs and the targets of all samples of a pass, and (n,) their positions in the file."""
+
+    outputs: dict[str, np.ndarray]
+    targets: dict[str, np.ndarray]
+    index: np.ndarray
+
+
+def pass_over(
+    model: nn.Module, batches: Iterable[PackedBatch], tasks: Sequence[TaskInfo], *, device: torch.device | str
+) -> Passed:
+    """What the model says of every sample, in their order; call it inside `inferring`."""
+    outputs = {task.name: [np.zeros((0, task.outputs), np.float32)] for task in tasks}
+    targets: dict[str, list[np.ndarray]] = {task.name: [] for task in tasks}
+    index = [np.zeros(0, np.int64)]
+    for batch in batches:
+        found = model(batch.to(device)).outputs
+        index.append(batch.index.numpy())
         for name in outputs:
             outputs[name].append(found[name].float().cpu().numpy())
             targets[name].append(batch.targets[name].cpu().numpy())
     none = np.zeros(0, np.int64)
-    return {n: (np.concatenate(outputs[n]), np.concatenate(targets[n]) if targets[n] else none) for n in outputs}
+    return Passed(
+        {name: np.concatenate(parts) for name, parts in outputs.items()},
+        {name: np.concatenate(parts) if parts else none for name, parts in targets.items()},
+        np.concatenate(index),
+    )

@@ -38,6 +38,7 @@ def test_the_readme_has_the_commands_that_are_run_here() -> None:
         "status",
         "evaluate",
         "evaluate",
+        "predict",
         "inspect",
         "analyze",
         "report",

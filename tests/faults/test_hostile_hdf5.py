@@ -403,7 +403,7 @@ def test_an_endless_loop_in_hdf5_ends(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("ending", [signal.SIGSEGV, signal.SIGKILL, 0])
 def test_a_crash_in_hdf5_is_an_error(good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: int) -> None:
-    def crash(path: str) -> Any:
+    def crash(path: str, labelled: bool) -> Any:
         os.kill(os.getpid(), ending) if ending else os._exit(3)
 
     path = tmp_path / "crash.h5"
@@ -416,7 +416,7 @@ def test_a_crash_in_hdf5_is_an_error(good: bytes, tmp_path: Path, monkeypatch: p
 def test_memory_taken_by_hdf5_is_limited(good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.h5"
     path.write_bytes(good)
-    monkeypatch.setattr(layout, "_read_file", lambda _: bytearray(3 << 30))
+    monkeypatch.setattr(layout, "_read_file", lambda *_: bytearray(3 << 30))
     with pytest.raises(DataError, match="MemoryError"):
         DataFile(path)
 
