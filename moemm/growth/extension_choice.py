@@ -63,6 +63,10 @@ def extended_data(base: Base, config: Config) -> tuple[Catalogue, Specs]:
     return catalogue, {info.name: specs[info.name] for info in catalogue.modalities}
 
 
+FASTER = 4.0
+"""Times the run's learning rate, where only what is new is trained: nothing old can come to harm (docs/growth.md)."""
+
+
 @dataclass(frozen=True, kw_only=True)  # without slots: cached_property wants a dict
 class Choice:
     """What was asked of `extend.plan`, whose arguments these are, and how each part of the answer is found."""
@@ -419,8 +423,19 @@ class Choice:
             known = list(vars(config.train))
             raise ConfigError(f"training: `train` has no key {unknown[0]!r}{did_you_mean(unknown[0], known)}")
         values = {"steps": None, "epochs": None, **self.training} if {"steps", "epochs"} & set(self.training) else {}
-        trained = replace(config.train, init=None, only=None, **{**self.training, **values})
+        given = {"lr": self._rate, **self.training, **values}
+        trained = replace(config.train, init=None, only=None, **given)
         return replace(config, data=replace(config.data, tasks=tasks), train=trained)
+
+    @property
+    def _rate(self) -> float:
+        """The peak learning rate when none is given: higher where only what is new learns.
+
+        The run of an extension has a higher one already.
+        """
+        config = self.base.run.config
+        alone = not self.unfreeze and not config.model.extensions
+        return config.train.lr * (FASTER if alone else 1.0)
 
     def _told(self, addition: Addition, sources: Mapping[str, Mapping[str, str]], tensors: int) -> list[str]:
         task, new = self._brought
@@ -436,6 +451,8 @@ class Choice:
         lines.append(
             f"{tensors} new tensors; " + ("all parts are trained" if self.unfreeze else "they alone are trained")
         )
+        if "lr" not in self.training and self._rate != self.base.run.config.train.lr:
+            lines.append(f"they learn {FASTER:g} times as fast as the run did: train.lr is {self._rate:g}")
         return lines
 
 

@@ -147,6 +147,22 @@ def test_a_plan_says_what_and_why_and_is_the_same_each_time(base: Path, data: Pa
     assert not any("shapes" in name or "routed" in name for name in plan.config["train"]["only"])
 
 
+def test_what_learns_alone_learns_faster(base: Path, data: Path, tmp_path: Path) -> None:
+    def rate(run: Path, file: str, **given: Any) -> tuple[float, str]:
+        made = extend.plan(run, data=data / f"{file}_task.h5", trying=QUICK, init="random", **given)
+        return made.config["train"]["lr"], " ".join(made.changed)
+
+    alone, told = rate(base, "spectrum")
+    assert alone == pytest.approx(4e-2) and "4 times as fast as the run did: train.lr is 0.04" in told
+    for given in ({"training": {"lr": 0.02}}, {"unfreeze": True}):
+        kept, told = rate(base, "spectrum", **given)
+        assert kept == (0.02 if "training" in given else 0.01) and "as fast" not in told
+    first = extend.plan(base, data=data / "spectrum_task.h5", trying=QUICK, init="random")
+    extend.apply(first, output=tmp_path / "first")
+    again, told = rate(tmp_path / "first", "radar")
+    assert again == alone and "as fast" not in told, "an extension's own rate is not raised once more"
+
+
 def test_copies_are_copies_and_norms_begin_as_the_shared_ones(base: Path, data: Path, tmp_path: Path) -> None:
     old = read_base(base).weights
     plan = planned(base, data, experts={"layers": "1", "kind": "routed"}, init="routed_1")
