@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from machine import why_no_hosts, why_no_slurm
+from machine import why_no_bits, why_no_hosts, why_no_slurm
 
 
 @pytest.fixture
@@ -48,6 +48,8 @@ def unchecked() -> list[str]:
         found.append(f"SLURM: jobs were NOT submitted, preempted and requeued: {why_no_slurm()}")
     if why_no_hosts():
         found.append(f"hostfiles: two hosts did NOT train together: {why_no_hosts()}")
+    if why_no_bits():
+        found.append(f"golden curves: bits were NOT compared, losses to 1e-4: another kind of machine: {why_no_bits()}")
     if not SOAK:
         found.append("tests marked soak, which take long, did NOT run (make soak, or MOEMM_SOAK=1)")
     return found

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.faults import launched, long, ranks, samples, saves, values
+from benchmarks.faults import golden, launched, long, ranks, samples, saves, values
 from benchmarks.faults.outcome import Outcome
 from benchmarks.faults.saves import Runs
 from benchmarks.record import Row
@@ -52,6 +52,7 @@ ROWS: dict[int, tuple[int, Make]] = {
     8: (len(values.CASES), values.run),
     9: (len(ranks.DEATHS), ranks.die),
     11: (len(samples.CASES), lambda nursery, folder, count: samples.run(folder, count)),
+    16: (len(golden.ALL), golden.run),
     18: (2000, _long),
 }
 """Number of the row -> how many cases it has (18: steps of its one case), and what tries them."""
@@ -59,7 +60,8 @@ ROWS: dict[int, tuple[int, Make]] = {
 
 WHAT = {
     1: saves.KILL_IN_SAVE, 2: saves.KILL_AT_RANDOM, 3: ranks.KILL_IN_PHASE, 4: saves.DAMAGE, 5: saves.FULL_DISK,
-    6: saves.SIGNAL, 7: saves.GO_ON, 8: values.BROKEN_VALUES, 9: ranks.DIE, 11: samples.CORRUPT, 18: long.LONG,
+    6: saves.SIGNAL, 7: saves.GO_ON, 8: values.BROKEN_VALUES, 9: ranks.DIE, 11: samples.CORRUPT, 16: golden.GOLDEN,
+    18: long.LONG,
 }  # fmt: skip
 NOT_TRIED = "not tried on this machine yet"
 

@@ -203,7 +203,7 @@ class RouterConfig:
     """top_p: probability that the chosen experts hold together; 0.5 when not given."""
     capacity: Positive | None = None
     """expert_choice, batch_priority: tokens an expert takes, as a multiple of its even share of those that may use it;
-    1.25 when not given."""
+    1.25 when not given. The tokens of a rank's micro-batch compete, so more ranks or accumulation change results."""
     bias_rate: NonNegative = 0.0
     """After each step an expert's bias for being chosen moves by this much towards even load (arXiv:2408.15664)."""
     losses: RouterLossConfig = field(default_factory=RouterLossConfig)
