@@ -86,8 +86,9 @@ OPTIONS = {
     "actions": ["--modality", "motion", "--options", '{"patch": [2, 8, 8]}'],
     "news": ["--modality", "news", "--options", '{"vocab_size": 2048}'],
 }
-"""What `moemm extend` is told of a task's file: names that the joint model has, and its patches. The 2,048 most frequent
-of the 4,568 words and letters of news were chosen on val, with a seed of their own, as the learning rate was."""
+"""What `moemm extend` is told of a task's file: names that the joint model has, and its patches. The 2,048 most
+frequent of the 4,568 words and letters of news were chosen on val, with a seed of their own, as the learning rate was.
+"""
 
 
 def extend(base: Path, task: str, way: str, arguments: list[str], *, seed: int) -> Extended:
