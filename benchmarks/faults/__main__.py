@@ -11,6 +11,7 @@ Rows are those of docs/faults.md. Ranks are forked from one process that has imp
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -90,6 +91,8 @@ def main() -> None:
     unknown = [number for number in wanted if number not in ROWS]
     if unknown:
         parser.error(f"--rows: no row {unknown[0]}; there are {', '.join(map(str, ROWS))}")
+    # A shell gives its background jobs an ignored SIGINT, which every launcher would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began, found, failed = time.perf_counter(), list[Row](), False
     for number in wanted if not options.unmeasured else []:
         count, row = ROWS[number]
