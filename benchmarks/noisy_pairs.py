@@ -272,7 +272,6 @@ def one_run(job: tuple[Setting, str, int, Path]) -> dict[str, float]:
     if done.exists():
         known: dict[str, float] = json.loads(done.read_text(encoding="utf-8"))
         return known
-    torch.set_num_threads(1)
     # Here and not above: who only imports this file is to have no method more.
     register_harmonizer("random_drop", drops="random_drop")(random_drop)
     began, options = time.perf_counter(), WAYS[way]
@@ -336,6 +335,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keeps the score of each run, and goes on from those")
     arguments = parser.parse_args()
     start = time.perf_counter()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each process; a run takes all cores otherwise
     cases = [(setting, way) for setting, ways in SETTINGS.items() for way in ways]
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(arguments.processes, spawn) as pool:
