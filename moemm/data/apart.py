@@ -22,6 +22,8 @@ from moemm.errors import DataError
 
 T = TypeVar("T")
 _EXTRA_BYTES = GIB
+_PATIENCE = 6.0
+"""Wall-clock seconds for a second of processor time: others may want the cores, and a disk may be far away."""
 _MEMORY_USED = "/proc/self/statm"
 _READ_BYTES = 1 << 20
 
@@ -33,8 +35,8 @@ class Stopped(Exception):
 def run_apart(function: Callable[[], T], *, seconds: float) -> T:
     """What `function` returns, computed in a fork. Its value must be picklable.
 
-    Raises DataError where the function does; Stopped where it takes longer than `seconds`, crashes, or raises anything
-    else.
+    Raises DataError where the function does; Stopped where it takes longer than `seconds` of processor time or
+    _PATIENCE times as long by the clock, crashes, or raises anything else.
     """
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -44,13 +46,15 @@ def run_apart(function: Callable[[], T], *, seconds: float) -> T:
         _work(function, writer, seconds)
     os.close(writer)
     try:
-        data = _receive(reader, time.monotonic() + seconds)
+        data = _receive(reader, time.monotonic() + _PATIENCE * seconds)
         if data is None:
-            raise Stopped(f"no end after {seconds:.0f} seconds")
+            raise Stopped(f"no end after {_PATIENCE * seconds:.0f} seconds")
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        raise Stopped(f"no end after {seconds:.0f} seconds of processor time")
     return _answer(data, status)
 
 
