@@ -28,6 +28,7 @@ _PACKAGES = ("moemm", "torch", "deepspeed", "numpy")
 class Manifest:
     """Everything that resuming must know before it opens another file.
 
+    world_size: ranks that wrote it; 0 where an operation on models did, so that no rank has random states there.
     sampler: position in the data; the order is a pure function of it, so one number a sampler.
     files: path inside the folder -> {"size": bytes, "sha256": hex}.
     """

@@ -100,9 +100,8 @@ class _Found:
     @classmethod
     def of(cls, engine: Any, folder: Path, world: World, kept: list[str]) -> _Found:
         manifest = read_manifest(folder)
-        own = file_name(RANDOM, world.rank)  # a model that has grown has none
-        same = manifest.world_size == world.size and own in manifest.files
-        random = load_file(folder / own) if same else None
+        same = manifest.world_size == world.size
+        random = load_file(folder / file_name(RANDOM, world.rank)) if same else None
         weights, moments = (Store(folder, manifest.files, kind) for kind in (MODEL, OPTIMIZER))
         return cls(weights, moments, random, list(held(engine)), kept)
 

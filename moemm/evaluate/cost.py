@@ -89,12 +89,13 @@ class _Counts:
             load_LME = output.router.load_LME.double().cpu()
             self._load_LME = load_LME if self._load_LME is None else self._load_LME + load_LME
 
-    def _see_latents(self, module: nn.Module, given: tuple[Stream, Sequence[torch.Tensor], Any]) -> None:
+    def _see_latents(self, module: nn.Module, given: tuple[Any, Sequence[torch.Tensor], Any]) -> None:
         """The attention in which the latents of each row see its tokens, and these each other."""
-        stream, rows, _ = given
+        parts, rows, _ = given
         dim = self._model.config.dim
-        for name, (_, sample_T), row_n in zip(self._latents, stream.split(), rows, strict=True):
-            length_n = torch.bincount(sample_T, minlength=stream.num_samples)[row_n] + self._model.config.latents
+        for name, (_, sample_T), row_n in zip(self._latents, parts, rows, strict=True):
+            samples = int(row_n.max()) + 1 if len(row_n) else 0
+            length_n = torch.bincount(sample_T, minlength=samples)[row_n] + self._model.config.latents
             self._latents[name] += _attention(dim, float(length_n.sum()), float(length_n.square().sum()))
 
     def _tokens(self, name: str) -> Any:

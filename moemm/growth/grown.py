@@ -110,7 +110,7 @@ def write_grown(
     def describe(files: dict[str, dict[str, object]]) -> Manifest:
         sparse = config.model.moe == "sparse"
         return Manifest(
-            step=step, world_size=1, zero_stage=config.deepspeed.zero_stage, config=to_dict(config),
+            step=step, world_size=0, zero_stage=config.deepspeed.zero_stage, config=to_dict(config),
             config_hash=config_hash(config), versions=versions(), sampler={"step": step},
             expert_map=model.map.to_dict() if sparse else None, files=files,
         )  # fmt: skip
