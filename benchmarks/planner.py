@@ -28,10 +28,10 @@ from benchmarks.planner_job import write_data, write_run
 from benchmarks.record import Row, write
 from moemm.config import load_config
 from moemm.plan.devices import parse_cluster
-from moemm.plan.layout import make_layout
+from moemm.plan.layout import Layout, make_layout
 from moemm.plan.memory import Memory, memory
 from moemm.plan.network import collectives
-from moemm.plan.parameters import build_shape, parameters
+from moemm.plan.parameters import ModelShape, build_shape, parameters
 from moemm.plan.source import from_data
 from moemm.plan.workload import workload
 from moemm.testing.distributed import run_distributed
@@ -95,6 +95,14 @@ def label_of(name: str, ranks: int) -> str:
     return f"{name}, {ranks} rank{'s' if ranks > 1 else ''}"
 
 
+def bytes_by_kind(shape: ModelShape, layout: Layout) -> dict[str, int]:
+    """Payloads of a step on a rank by kind of collective, as the planner has them."""
+    sent: Counter[str] = Counter()
+    for one in collectives(shape, workload(shape), layout, parse_cluster("cpu").device):
+        sent[one.kind] += one.payload
+    return dict(sent)
+
+
 def predicted(path: Path, ranks: int) -> tuple[Memory, dict[str, int]]:
     """Memory of a rank, and bytes of a step by kind of collective."""
     loaded = load_config(path)
@@ -103,10 +111,7 @@ def predicted(path: Path, ranks: int) -> tuple[Memory, dict[str, int]]:
     work, device = workload(shape), parse_cluster("cpu").device
     micro = train.batch_size // ranks // train.accumulation
     layout = make_layout(shape, ranks=ranks, stage=stage, micro_batch=micro, accumulation=train.accumulation)
-    sent: Counter[str] = Counter()
-    for one in collectives(shape, work, layout, device):
-        sent[one.kind] += one.payload
-    return memory(shape, work, layout, device), dict(sent)
+    return memory(shape, work, layout, device), bytes_by_kind(shape, layout)
 
 
 def rows_of(label: str, ranks: int, path: Path, found: dict[str, Any], framework: float) -> list[Row]:

@@ -14,23 +14,20 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.planner import bytes_by_kind
 from benchmarks.record import Matrix, Row
 from benchmarks.runs import ROOT, deviation
 from moemm.config import load_config
 from moemm.distributed import connect
-from moemm.plan.devices import parse_cluster
 from moemm.plan.layout import make_layout
-from moemm.plan.network import collectives
 from moemm.plan.parameters import build_shape
 from moemm.plan.source import from_data
-from moemm.plan.workload import workload
 from moemm.testing.distributed import run_distributed
 from moemm.testing.traffic import Traffic, count_traffic
 from moemm.train.callbacks import Callback
@@ -111,10 +108,7 @@ def planned(case: Case) -> dict[str, int]:
     layout = make_layout(
         shape, ranks=ranks, stage=stage, ep=ep_size, micro_batch=loaded.config.train.batch_size // ranks
     )
-    sent: Counter[str] = Counter()
-    for one in collectives(shape, workload(shape), layout, parse_cluster("cpu").device):
-        sent[one.kind] += one.payload
-    return dict(sent)
+    return bytes_by_kind(shape, layout)
 
 
 def rows_of(case: Case, found: list[list[dict[str, Any]]], alone: list[float], plan: Mapping[str, int]) -> list[Row]:
