@@ -97,7 +97,7 @@ def _goes_on(runs: Runs, config: Path, stage: int) -> str:
     if any(one.returncode for one in found):
         return f"the resume ended with {[one.returncode for one in found]}: {found[0].output[-800:]}"
     said = " ".join(found[0].output.split())
-    if any(f"skipped {name}" not in said for name in left_over):
+    if any(f"{name} was never completed" not in said for name in left_over):
         return f"the resume did not name {left_over}"
     if came_to(config) != runs.whole(stage):
         return "the resumed run came to something else"

@@ -25,7 +25,7 @@ from moemm.errors import CheckpointError
 from moemm.points import point
 
 LATEST = "latest"
-_TEMPORARY, _REPLACED = ".tmp", ".old"
+TEMPORARY, _REPLACED = ".tmp", ".old"
 _FAILURES = (OSError, RuntimeError, CheckpointError)
 
 Write = Callable[[Path], Sequence[Path]]
@@ -76,7 +76,7 @@ class Save:
     ) -> None:
         """All ranks together. Raises CheckpointError on all of them."""
         self.folder = root / folder_name(step)
-        self._temporary = self.folder.with_name(self.folder.name + _TEMPORARY)
+        self._temporary = self.folder.with_name(self.folder.name + TEMPORARY)
         self._describe, self._world, self._keep, self._background = describe, world, keep, background
         self._published = False
         self._agree(_Task(lambda: _fresh(self._temporary, world)))
@@ -224,7 +224,7 @@ def _point_and_prune(root: Path, final: Path, keep: Keep) -> None:
 def superseded(root: Path, newest: Path, keep: Keep) -> Iterable[Path]:
     """What may go once `newest` is verified: left-overs of cut-off saves, and those up to it that need not be kept."""
     folders = sorted(path for path in root.glob("step_*") if path.is_dir())
-    left_over = [path for path in folders if path.suffix in (_TEMPORARY, _REPLACED)]
+    left_over = [path for path in folders if path.suffix in (TEMPORARY, _REPLACED)]
     done = [path for path in folders if path not in left_over and path.name <= newest.name]
     old = done[: max(0, len(done) - keep.newest)]
     return [*left_over, *(path for path in old if not _for_ever(path, keep.every))]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moemm.checkpoint.commit import TEMPORARY
 from moemm.checkpoint.manifest import Manifest, verify
 from moemm.config import to_dict
 from moemm.config.schema import Config
@@ -29,6 +30,12 @@ class Found:
     folder: Path
     manifest: Manifest
     skipped: tuple[tuple[str, str], ...]
+
+
+def nothing_completed(root: Path) -> tuple[str, ...] | None:
+    """Names of the saves under `root`, newest first, where all of them were cut off; None where one was completed."""
+    names = sorted((path.name for path in root.glob("step_*")), reverse=True)
+    return tuple(names) if all(name.endswith(TEMPORARY) for name in names) else None
 
 
 def newest_complete(root: Path) -> Found:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moemm.checkpoint import Found, check_compatible, find_newest, newest_complete
+from moemm.checkpoint.resume import nothing_completed
 from moemm.checkpoint.store import load_weights
 from moemm.config import Config, LoadedConfig
 from moemm.data.build import build_catalogue
@@ -83,7 +84,8 @@ def _train(
         if found is not None:
             _restore(trainer, found)
         elif wanted:
-            trainer.tell(f"nothing to resume in {setup.folder}: training from the start")
+            cut_off = "".join(f"; {name} was never completed" for name in nothing_completed(setup.checkpoints) or ())
+            trainer.tell(f"nothing to resume in {setup.folder}{cut_off}: training from the start")
         if not trainer.run():
             name = signal.Signals(trainer.stopped_by).name
             trainer.tell(f"stopped by {name}; saved step {trainer.step}.{_how_to_go_on()}")

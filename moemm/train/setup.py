@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from moemm import plugins
-from moemm.checkpoint.resume import changed_keys
+from moemm.checkpoint.resume import changed_keys, nothing_completed
 from moemm.config import Config, LoadedConfig, load_config, save_config
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
@@ -124,10 +124,10 @@ def seeded_model(setup: Setup, device: torch.device) -> Model:
 
 
 def _claim(folder: Path, *, resume: bool) -> bool:
-    """Whether to go on with what is in `folder`; refuses to write over a run unless told to go on with it."""
-    saved = any((folder / CHECKPOINTS).glob("step_*"))
+    """Whether there is a checkpoint to go on from; refuses to write over a run unless told to go on with it."""
     if resume:
-        return saved
+        return nothing_completed(folder / CHECKPOINTS) is None
+    saved = any((folder / CHECKPOINTS).glob("step_*"))
     if saved or (folder / SUMMARY).exists():
         what = "a finished run" if (folder / SUMMARY).exists() else "a run with checkpoints"
         raise ConfigError(

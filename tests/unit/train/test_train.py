@@ -209,6 +209,22 @@ def test_resume_without_a_run_begins_anew(config: Any) -> None:
     assert train(config(train={"steps": 1}), resume=True)["steps"] == 1
 
 
+def test_resume_of_a_run_that_was_killed_in_its_first_save_begins_anew(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_off = tmp_path / "run" / "checkpoints" / "step_000002.tmp"
+    cut_off.mkdir(parents=True)
+    (cut_off / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ConfigError, match=r"a run with checkpoints[\s\S]*--resume"):
+        train(config(train={"steps": 1}))
+    assert train(config(train={"steps": 1}), resume=True)["steps"] == 1
+    assert "step_000002.tmp was never completed: training from the start" in " ".join(capsys.readouterr().out.split())
+    assert sorted(path.name for path in cut_off.parent.iterdir()) == ["latest", "step_000001"]
+    (cut_off.parent / "step_000001").rename(cut_off.parent / "step_000001.old")
+    with pytest.raises(CheckpointError, match="No complete checkpoint"):  # it holds what could be put back
+        train(config(train={"steps": 1}), resume=True)
+
+
 def test_resume_with_a_changed_model_names_the_keys(config: Any) -> None:
     train(config(train={"steps": 1}))
     changed = config(train={"steps": 2}, model={"dim": 32, "layers": 1})
