@@ -36,8 +36,9 @@ def _import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Names of collectives that torch is about to rename; every call of DeepSpeed's would say so.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # This op would be compiled at the first collective: a minute or more, for gains that small models do not see.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # This op would be compiled at the first collective: a minute or more, for gains that small models do not see. The
+    # table is made when it is first asked for, by compiling a program and asking GPUs; only that op looks into it.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # ZeRO brings an optimizer along, Muon, that asks torch for a compiled function when it is imported.
     deepspeed.runtime.compiler.compile = lambda: compile_when_called
     return deepspeed
