@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,8 @@ from moemm.data.storage import Storage, check_file
 FORMAT = "moemm-1"
 FORMATS = (FORMAT, "moemm-suite-1")
 """What the root attribute `format` may say: what the writer writes, and the same layout by another name."""
+_RESTLESS_SECONDS = 2.0
+"""Clocks of file systems tick as slowly as that."""
 Form = Literal["fixed", "ragged", "text", "tabular"]
 
 _PARTS: dict[Form, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -73,10 +76,31 @@ class Layout:
 def load_layout(path: str, *, labelled: bool = True) -> Layout:
     """The layout of the file at `path`, read in a process of its own. DataError: a broken or hostile file.
 
+    A file that has not changed since this process read it last is not read again.
     labelled: refuse a file without labels or /split.
     """
-    read = partial(_read_file, path, labelled)
     num_bytes = check_file(path)
+    state = _settled(path)
+    if state is None:
+        return _read_apart(path, labelled, num_bytes)
+    return _known(path, labelled, state)
+
+
+def _settled(path: str) -> tuple[int, ...] | None:
+    """What is another once the file changes; None for one that changed so lately that a further change may not show."""
+    status = os.stat(path)
+    if max(status.st_mtime, status.st_ctime) > time.time() - _RESTLESS_SECONDS:
+        return None
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=256)
+def _known(path: str, labelled: bool, state: tuple[int, ...]) -> Layout:
+    return _read_apart(path, labelled, num_bytes=state[2])
+
+
+def _read_apart(path: str, labelled: bool, num_bytes: int) -> Layout:
+    read = partial(_read_file, path, labelled)
     seconds = READ_SECONDS * (1 + num_bytes / GIB)
     try:
         return run_apart(read, seconds=seconds) if hasattr(os, "fork") else read()
