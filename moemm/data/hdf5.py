@@ -42,6 +42,8 @@ _CLASSES = {
 }
 _REWRITE = "write the data into the file itself with moemm.data.write_file"
 _NONE = np.zeros(0, np.int64)
+_MANY_CHUNKS = 1 << 16
+"""Opening a file takes time for each: benchmarks/reading.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +265,7 @@ class Node:
 def write_tree(path: str | os.PathLike[str], nodes: Mapping[str, Node], *, chunk_bytes: int) -> None:
     """Writes `nodes` (object path -> node, parents first) as a new HDF5 file with checksums on data and on metadata.
 
-    chunk_bytes: decoded size that chunks aim at; a chunk holds whole rows where a row is smaller.
+    chunk_bytes: decoded size that chunks aim at, see chunk_rows; a chunk holds whole rows where a row is smaller.
     """
     with h5py.File(os.fspath(path), "w", libver=("v110", "v110")) as file:
         for name, node in nodes.items():
@@ -277,6 +279,12 @@ def write_tree(path: str | os.PathLike[str], nodes: Mapping[str, Node], *, chunk
                     owner.attrs[key] = value
 
 
+def chunk_rows(rows: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Rows of a chunk of an array: about `chunk_bytes`, up to 4 times that where there would be too many chunks."""
+    aimed = min(4 * chunk_bytes, max(chunk_bytes, rows * row_bytes // _MANY_CHUNKS))
+    return max(1, min(rows, aimed // row_bytes))
+
+
 def _write_node(file: h5py.File, name: str, node: Node, chunk_bytes: int) -> h5py.Group | h5py.Dataset:
     if node.data is None:
         return file.create_group(name)
@@ -285,7 +293,7 @@ def _write_node(file: h5py.File, name: str, node: Node, chunk_bytes: int) -> h5p
     if data.size == 0:
         return file.create_dataset(name, data=data, dtype=h5py.string_dtype() if texts else None)
     row = (REFERENCE.itemsize if texts else data.itemsize) * math.prod(data.shape[1:])
-    rows = max(1, min(data.shape[0], chunk_bytes // row))
+    rows = chunk_rows(data.shape[0], row, chunk_bytes)
     return file.create_dataset(
         name,
         data=data,

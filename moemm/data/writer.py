@@ -18,7 +18,8 @@ from moemm.data.limits import KIB
 from moemm.data.value import Table
 from moemm.errors import DataError
 
-_CHUNK_BYTES = 256 * KIB
+_CHUNK_BYTES = 64 * KIB
+"""Where an array is not kept decoded, a sample costs a chunk: benchmarks/reading.py."""
 _LONGEST_ATTRIBUTE = 60 * KIB
 
 Column = np.ndarray | Sequence[np.ndarray | None] | Sequence[str | None] | Table

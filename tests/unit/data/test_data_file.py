@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moemm.data import DataFile, LabelData, ModalityData, Table, Value, repack_file, write_file
+from moemm.data import DataFile, LabelData, ModalityData, Table, Value, layout, repack_file, write_file
 from moemm.data.chunks import fletcher32
+from moemm.data.hdf5 import chunk_rows
 from moemm.errors import DataError
 
 QUICKSTART = Path(__file__).parents[3] / "data" / "quickstart"
@@ -44,6 +46,28 @@ def test_every_form_comes_back(make_file: Any) -> None:
         assert file.lengths("series").tolist() == [0 if i == 2 else 1 + i % 5 for i in range(len(file))]
         assert [m.dtype for m in file.modalities] == ["float32", "uint8", "float32", "float32", "text"]
         assert [m.shape for m in file.modalities] == [(6, 2), (1, 4, 4), (), (3,), ()]
+
+
+def test_a_layout_is_read_anew_only_where_the_file_changed(make_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read, later = make_file(), layout.run_apart, time.time() + 10.0
+    reads = []
+    monkeypatch.setattr(layout, "run_apart", lambda *given, **named: reads.append(1) or read(*given, **named))
+    for _ in range(2):
+        DataFile(path).close()
+    assert len(reads) == 2, "a file that was just written may change again without a sign of it"
+    monkeypatch.setattr(layout.time, "time", lambda: later)
+    for _ in range(3):
+        DataFile(path).close()
+    assert len(reads) == 3
+    before, held = path.stat(), path.read_bytes()
+    path.write_bytes(held[:-8] + bytes(8))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    DataFile(path).close()
+    path.write_bytes(held[:8] + bytes(len(held) - 8))
+    for _ in range(2):
+        with pytest.raises(DataError):
+            DataFile(path)
+    assert len(reads) == 6, "a refusal is not kept"
 
 
 def test_values_are_copies(make_file: Any) -> None:
@@ -246,6 +270,14 @@ def test_everything_written_has_a_checksum(make_file: Any) -> None:
             assert storage.checked and storage.chunk[1:] == storage.shape[1:]
             assert "fletcher32" in storage.filters or storage.name.endswith("text/data")
         assert file.layout.attributes["format"] == "moemm-1"
+
+
+def test_chunks_hold_a_few_whole_rows_and_grow_with_the_array() -> None:
+    kib, gib = 1 << 10, 1 << 30
+    assert chunk_rows(5, 12 * kib, 64 * kib) == chunk_rows(5000, 12 * kib, 64 * kib) == 5
+    assert chunk_rows(3, 1, 64 * kib) == 3, "no more than there are"
+    assert chunk_rows(10, 100 * kib, 64 * kib) == 1, "a row is never cut"
+    assert [chunk_rows(n * gib // kib, kib, 64 * kib) for n in (4, 8, 16, 400)] == [64, 128, 256, 256]
 
 
 def test_repacking_changes_no_value(make_file: Any, tmp_path: Path) -> None:
