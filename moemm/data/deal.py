@@ -89,17 +89,20 @@ class Lengths:
         present = [dataset.file.present(stored_name(dataset, name))[dataset.indices] for name in names]
         self._here_nM = np.stack(present, axis=1)
         self._absent_M = np.array([count.absent for count in own], np.int64)
+        self._tokens_n: list[int] = np.where(self._here_nM, self._tokens_nM, self._absent_M).sum(1).tolist()
+        self._num_n: list[int] = self._here_nM.sum(1).tolist()
 
     def tokens(self, item: int, goes: np.ndarray | None) -> int:
         """Tokens of an item, in parts of UNIT. goes: which of the modalities that it has are taken away; None: none."""
+        if goes is None or not goes.any():
+            return self._tokens_n[item]
         here_M = self._here_nM[item].copy()
-        if goes is not None:
-            here_M[np.flatnonzero(here_M)[goes]] = False
+        here_M[np.flatnonzero(here_M)[goes]] = False
         return int(np.where(here_M, self._tokens_nM[item], self._absent_M).sum())
 
     def num_modalities(self, item: int) -> int:
         """How many modalities an item has."""
-        return int(self._here_nM[item].sum())
+        return self._num_n[item]
 
 
 def cost(tokens: int, *, even: int) -> int:

@@ -34,7 +34,7 @@ def open_shared(path: str) -> DataFile:
 
 @contextmanager
 def held_open() -> Iterator[None]:
-    """Files that `open_shared` opens stay open until this ends: opening one starts a process that reads its layout."""
+    """Files that `open_shared` opens stay open until this ends, with what was decoded of them."""
     global _holding
     outer, _holding = _holding, True
     try:

@@ -43,9 +43,10 @@ class GridTokenizer(Tokenizer):
             return {}
         count, total, square = 0, 0.0, 0.0
         for value in values:
-            pixels = np.moveaxis(np.asarray(value, dtype=np.float64), -3, 0).reshape(info.shape[-3], -1)
-            count, total = count + pixels.shape[1], total + np.nansum(pixels, 1)
-            square = square + np.nansum(pixels**2, 1)
+            stored = np.asarray(value)
+            pixels = np.moveaxis(stored.astype(np.float64), -3, 0).reshape(info.shape[-3], -1)
+            add = np.nansum if stored.dtype.kind == "f" else np.sum  # of whole numbers none is missing
+            count, total, square = count + pixels.shape[1], total + add(pixels, 1), square + add(pixels**2, 1)
         mean = total / max(count, 1)
         deviation = np.sqrt(np.maximum(square / max(count, 1) - mean**2, 1e-12))
         return {"mean": np.atleast_1d(mean).tolist(), "deviation": np.atleast_1d(deviation).tolist()}

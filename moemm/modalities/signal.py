@@ -38,8 +38,10 @@ def fit_statistics(values: Iterable[Value]) -> dict[str, Any]:
         rows = np.asarray(value, dtype=np.float64)
         rows = rows.reshape(-1, rows.shape[-1])
         seen = np.isfinite(rows)
-        rows = np.where(seen, rows, 0.0)
-        count, total, square = count + seen.sum(0), total + rows.sum(0), square + (rows**2).sum(0)
+        whole = bool(seen.all())
+        rows = rows if whole else np.where(seen, rows, 0.0)
+        count = count + (len(rows) if whole else seen.sum(0))
+        total, square = total + rows.sum(0), square + (rows**2).sum(0)
     mean = total / np.maximum(count, 1)
     deviation = np.sqrt(np.maximum(square / np.maximum(count, 1) - mean**2, 0.0))
     return {"mean": mean.tolist(), "deviation": np.where(deviation > 1e-6, deviation, 1.0).tolist()}
