@@ -21,7 +21,7 @@ from moemm.plan.devices import Device
 from moemm.plan.flops import most_slots
 from moemm.plan.layout import PERSISTENT, Layout
 from moemm.plan.memory import LIVE, remote_rows
-from moemm.plan.parameters import ModelShape, expert_parameters, parameters, trained
+from moemm.plan.parameters import Layer, ModelShape, expert_parameters, parameters, trained
 from moemm.plan.workload import Workload
 
 AGREED, AGREED_SPREAD = 80, 144
@@ -102,16 +102,21 @@ def all_to_all_bytes(shape: ModelShape, work: Workload, layout: Layout) -> float
     """Bytes that a rank hands in in a step: there a row of D and 2 K fp32 numbers (gates and experts) for each token
     and rank that it needs, back a row of D; backward the same; numbers of rows, 8 bytes a rank and forward pass.
     """
-    again = 2 if shape.config.train.activation_checkpointing else 1
     tokens = work.total * layout.micro_batch * layout.accumulation
     total = 0.0
     for layer in shape.layers:
         # Remote ranks, and this one with the same chance as each of them.
         rows = remote_rows(shape, layer, work, layout.ep) * layout.ep / (layout.ep - 1) if layout.ep > 1 else 0.0
         if rows:
-            row = 2.0 * shape.model.dim * layout.bytes + 8.0 * most_slots(shape, layer)
-            total += (again + 1) * rows * tokens * row + again * layout.accumulation * 8.0 * layout.ep
+            total += bytes_of_rows(shape, layer, rows * tokens, layout)
     return total
+
+
+def bytes_of_rows(shape: ModelShape, layer: Layer, rows: float, layout: Layout) -> float:
+    """Those of one layer in a step whose forward passes send and get `rows` tokens (once, where they run twice)."""
+    again = 2 if shape.config.train.activation_checkpointing else 1
+    row = 2.0 * shape.model.dim * layout.bytes + 8.0 * most_slots(shape, layer)
+    return (again + 1) * rows * row + again * layout.accumulation * 8.0 * layout.ep
 
 
 def _all_to_all(shape: ModelShape, work: Workload, layout: Layout, device: Device) -> Collective:

@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed import ProcessGroup
+
+from moemm.moe import dispatcher
+from moemm.moe.exchange import exchange_counts
 
 _KINDS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("allreduce", "allreduce_coalesced"), ("all_reduce", 0)),
@@ -87,3 +91,17 @@ def _nbytes(payload: Any) -> int:
     if isinstance(payload, torch.Tensor):
         return payload.nbytes
     return sum(map(_nbytes, payload))
+
+
+@contextmanager
+def count_rows() -> Iterator[list[int]]:
+    """Tokens that leave for the ranks of a group, this one included, in each exchange of experts, in order."""
+    found: list[int] = []
+
+    def counted(counts_G: torch.Tensor, group: Any) -> tuple[list[int], list[int]]:
+        leave, come = exchange_counts(counts_G, group)
+        found.append(sum(leave))
+        return leave, come
+
+    with mock.patch.object(dispatcher, "exchange_counts", counted):
+        yield found

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from moemm.data.loader import train_loader
 from moemm.distributed import connect
 from moemm.testing.tiny import tiny_config
-from moemm.testing.traffic import count_traffic
+from moemm.testing.traffic import count_rows, count_traffic
 from moemm.train.setup import prepare
 from moemm.train.signals import StopRequest
 from moemm.train.trainer import Trainer
 
 
-def count(folder: str, stages: list[int], accumulation: int, precision: str, ep: int) -> list[dict[str, int]]:
-    """For each stage the bytes of each kind of collective, in the second step of the tiny run."""
+def count(folder: str, stages: list[int], accumulation: int, precision: str, ep: int) -> list[list[Any]]:
+    """For each stage, of the tiny run's second step: the bytes of each kind of collective, the rows of each exchange.
+    """  # fmt: skip
     world, found = connect(timeout_s=60.0), []
     for stage in stages:
         train = {
@@ -37,8 +39,8 @@ def count(folder: str, stages: list[int], accumulation: int, precision: str, ep:
         batches = iter(loader)
         trainer.engine.model.train()
         trainer._one_step(batches)  # ZeRO-3 says at first in which order modules come
-        with count_traffic() as traffic:
+        with count_traffic() as traffic, count_rows() as rows:
             trainer._one_step(batches)
-        found.append(dict(traffic.bytes))
+        found.append([dict(traffic.bytes), rows])
         trainer.close()
     return found

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from moemm.distributed import connect
 from moemm.plan.devices import DEVICES
 from moemm.plan.layout import make_layout
-from moemm.plan.network import collectives
+from moemm.plan.network import bytes_of_rows, collectives
 from moemm.plan.parameters import build_shape
 from moemm.plan.source import from_data
 from moemm.plan.workload import workload
@@ -43,11 +43,15 @@ def test_bytes_are_those_of_the_plan(
         planned: dict[str, int] = {}
         for one in collectives(shape, workload(shape), layout, DEVICES["cpu"]):
             planned[one.kind] = planned.get(one.kind, 0) + one.payload
-        counted = [rank.value[place] for rank in ranks]
-        if ep > 1:  # the plan knows how many tokens go where on average
-            mean = sum(one.pop("all_to_all") for one in counted) / 2
-            assert planned.pop("all_to_all") == pytest.approx(mean, rel=0.3)
-        assert counted == [planned, planned], f"ZeRO {stage}"
+        counted, rows = zip(*(rank.value[place] for rank in ranks), strict=True)
+        assert len(rows[0]) == (len(shape.layers) * accumulation if ep > 1 else 0)
+        if ep > 1:  # the plan knows how many tokens go where on average; it is exact for those that went
+            sent = sum(one.pop("all_to_all") for one in counted)
+            assert planned.pop("all_to_all") == pytest.approx(sent / 2, rel=0.3)
+            means = (sum(here) / 2 for here in zip(*rows, strict=True))
+            parts = zip(shape.layers, means, strict=True)
+            assert 2 * sum(bytes_of_rows(shape, layer, mean, layout) for layer, mean in parts) == sent
+        assert list(counted) == [planned, planned], f"ZeRO {stage}"
 
 
 def test_one_rank_sends_nothing_and_collectives_work_afterwards() -> None:
