@@ -167,14 +167,17 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
+    """Of the code that runs here; results of other benchmarks that lie beside it, not committed yet, do not count."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
     try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False,
-            cwd=Path(__file__).parent,
-        )  # fmt: skip
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=RESULTS.parent)
     except OSError:  # a machine that got the files without git
-        return "unknown"
-    return result.stdout.strip() or "unknown"
+        return ""
+    return result.stdout.strip()
 
 
 def _relative(argument: str) -> str:

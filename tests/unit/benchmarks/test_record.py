@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,22 @@ def test_a_part_that_is_measured_anew_replaces_its_rows_and_the_others_keep_thei
 def test_a_result_that_is_not_there_names_its_command() -> None:
     with pytest.raises(FileNotFoundError, match=r"python -m benchmarks\.nothing"):
         record.read("nothing")
+
+
+def test_results_that_lie_beside_it_do_not_make_a_commit_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    files = [results / "faults.json", tmp_path / "model.py"]
+    for path in files:
+        path.write_text("a")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm a"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(record, "RESULTS", results)
+    clean = record._commit()
+    files[0].write_text("b")
+    assert re.fullmatch("[0-9a-f]{7,}", clean) and record._commit() == clean
+    files[1].write_text("b")
+    assert record._commit() == f"{clean}-dirty"
 
 
 def test_committed_results_have_the_agreed_form() -> None:
