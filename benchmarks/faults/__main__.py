@@ -1,6 +1,6 @@
 """The fault table: every row with its count, and the share of its cases that went as it must.
 
-    python -m benchmarks.faults                  # or: make soak; about an hour and a half on two quiet cores
+    python -m benchmarks.faults                  # or: make soak; about an hour on two cores
     python -m benchmarks.faults --share 0.02     # a fiftieth of each row; writes no results
     python -m benchmarks.faults --rows 8,11      # the other rows keep their results
     python -m benchmarks.faults --rows 2 --unmeasured    # says that they were not tried
