@@ -51,7 +51,7 @@ results: setup  ## all measured figures as one table, misses first
 cuda-check:  ## compile the CUDA ops for sm_80 and sm_90, link, import; no GPU needed, some minutes, 6 GB
 	@$(PYTHON) tools/cuda_check.py
 
-soak: setup  ## what takes long: sanitizers, every case of the fault table, tests marked soak; some hours
+soak: setup  ## what takes long: sanitizers, every case of the fault table, tests marked soak; about an hour and a half
 	@status=0; \
 	$(BIN)/python -m benchmarks.soak || status=1; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults || status=1; \

@@ -74,6 +74,7 @@ def test_torchrun_on_two_hosts_gives_the_losses_of_one(
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("one")
 def test_the_ranks_exit_code_comes_back_through_pdsh(hosts: Hosts, folder: Path) -> None:
     done = hosts.start(
         "moemm", "launch", "deepspeed", "tiny.yaml", "--hostfile", "hostfile", "--train.output", "one",

@@ -16,6 +16,7 @@ from moemm.testing.tiny import write_tiny_data
 
 HERE = Path(__file__).parent
 SOAK = os.environ.get("MOEMM_SOAK") == "1"
+pytestmark = [pytest.mark.soak] if SOAK else []  # which tries more of the same
 ALONE = ["fp32 0", "bf16 2"]
 """Kinds that one rank begins, too."""
 FEW = ["fp32 0", "fp32 1 round robin", "fp32 2", "fp32 3", "bf16 1 fp32 gradients", "bf16 3"]

@@ -5,6 +5,7 @@ Those of one rank are held to plain PyTorch in tests/unit/harmonize/test_fork.py
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,22 @@ FORK.remove(("gradvac", "sample"))  # refused: its averages are over all samples
 TRUNK = [(method, "trunk") for method in METHODS]
 SOME = [("upgrad", "sample"), ("pcgrad", "modality"), ("mgda", "batch"), ("upgrad", "expert"), ("upgrad", "trunk")]
 PLAIN = ("sum", "batch")
+SOAK = os.environ.get("MOEMM_SOAK") == "1"
+pytestmark = [pytest.mark.soak] if SOAK else []  # which tries more of the same
+REMEMBERS = [("gradvac", "batch"), ("gradvac", "trunk"), ("curriculum", "sample"), ("curriculum", "trunk")]
 PLAN = [
     *((stage, accumulation, [PLAIN, *SOME]) for stage in (0, 1, 3) for accumulation in (1, 4)),
     (2, 1, [PLAIN, *FORK, *TRUNK]),
-    (2, 4, [PLAIN, *FORK, ("upgrad", "trunk"), ("gradvac", "trunk"), ("curriculum", "trunk")]),
+    (2, 4, [PLAIN, *(FORK if SOAK else SOME[:-1]), SOME[-1], *REMEMBERS]),
 ]
-"""(stage, accumulation, cases): every method in ZeRO-2, some in every stage."""
-LOW_PLAN = [(1, 1, [PLAIN, *SOME]), (2, 1, [PLAIN, *FORK, *TRUNK]), (2, 4, [PLAIN, *SOME]), (3, 1, [PLAIN, *SOME])]
-"""The same in bf16, which DeepSpeed has no ZeRO-0 for."""
+"""(stage, accumulation, cases): every method in ZeRO-2, some in every stage; `make soak` accumulates for every one."""
+LOW_PLAN = [
+    (1, 1, [PLAIN, *SOME]),
+    (2, 1, [PLAIN, *(FORK + TRUNK if SOAK else SOME + REMEMBERS)]),
+    (2, 4, [PLAIN, *SOME]),
+    (3, 1, [PLAIN, *SOME]),
+]
+"""The same in bf16, which DeepSpeed has no ZeRO-0 for; `make soak` tries every method."""
 LIKE_SUM = tuple(f"dual_cone {per}" for per in ("modality", "expert", "batch", "trunk"))
 """What projects the sum may have nothing to do where gradients oppose each other, but not the sum."""
 
