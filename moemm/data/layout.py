@@ -19,7 +19,7 @@ from moemm.data.apart import Stopped, run_apart
 from moemm.data.catalogue import ModalityInfo
 from moemm.data.hdf5 import Attribute, Container, StoredDataset
 from moemm.data.limits import GIB, MAX_MODALITIES, MAX_OUTPUTS, NAME, READ_SECONDS, collected, printable, refusal
-from moemm.data.storage import Storage, check_file
+from moemm.data.storage import Storage, check_file, file_state
 
 FORMAT = "moemm-1"
 FORMATS = (FORMAT, "moemm-suite-1")
@@ -83,7 +83,7 @@ def load_layout(path: str, *, labelled: bool = True) -> Layout:
     state = _settled(path)
     if state is None:
         return _read_apart(path, labelled, num_bytes)
-    return _known(path, labelled, state)
+    return _known(path, labelled, state, num_bytes)
 
 
 def _settled(path: str) -> tuple[int, ...] | None:
@@ -91,12 +91,12 @@ def _settled(path: str) -> tuple[int, ...] | None:
     status = os.stat(path)
     if max(status.st_mtime, status.st_ctime) > time.time() - _RESTLESS_SECONDS:
         return None
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return file_state(status)
 
 
 @lru_cache(maxsize=256)
-def _known(path: str, labelled: bool, state: tuple[int, ...]) -> Layout:
-    return _read_apart(path, labelled, num_bytes=state[2])
+def _known(path: str, labelled: bool, state: tuple[int, ...], num_bytes: int) -> Layout:
+    return _read_apart(path, labelled, num_bytes)
 
 
 def _read_apart(path: str, labelled: bool, num_bytes: int) -> Layout:

@@ -76,16 +76,18 @@ def first_sound(read: Callable[[int], Sample], start: int, size: int) -> tuple[S
 
     read: number -> sample. Raises DataError after IN_A_ROW broken ones, or when all are broken.
     """
-    errors: list[BadSampleError] = []
+    found: list[tuple[str, str, int, str]] = []  # not the errors, whose frames would keep the file open
+    first = ""
     for number in range(start, start + min(size, IN_A_ROW)):
         try:
             sample = read(number % size)
         except BadSampleError as error:
-            errors.append(error)
+            found.append((error.file, error.key, error.index, _reason(error)))
+            first = first or str(error)
             continue
-        return sample, [Bad(e.file, e.key, e.index, _reason(e), sample.task, sample.index) for e in errors]
+        return sample, [Bad(*each, sample.task, sample.index) for each in found]
     raise DataError(
-        f"{errors[0].file}: {len(errors)} samples in a row are broken, the first of them:\n{errors[0]}\n"
+        f"{found[0][0]}: {len(found)} samples in a row are broken, the first of them:\n{first}\n"
         "  allowed: single broken samples, which others stand in for\n"
         "  to do: check the file with `moemm data validate`; fetch it again, or write it again"
     )

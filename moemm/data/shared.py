@@ -9,9 +9,10 @@ from weakref import WeakValueDictionary
 
 from moemm.data.catalogue import Catalogue, TaskInfo
 from moemm.data.file import DataFile
+from moemm.data.storage import file_state
 from moemm.errors import ConfigError, DataError
 
-_open: WeakValueDictionary[tuple[str, int, int], DataFile] = WeakValueDictionary()
+_open: WeakValueDictionary[tuple[str, tuple[int, ...]], DataFile] = WeakValueDictionary()
 """Open files of this process: tasks and splits of one file share what is decoded. A fork inherits it."""
 _held: list[DataFile] = []
 _holding = False
@@ -20,10 +21,9 @@ _holding = False
 def open_shared(path: str) -> DataFile:
     """The DataFile of `path` that others in this process use too; it closes when the last of them lets go of it."""
     try:
-        status = os.stat(path)
-        key = (path, status.st_size, status.st_mtime_ns)
+        key = (path, file_state(os.stat(path)))
     except (OSError, ValueError):
-        key = (path, 0, 0)  # DataFile says what is wrong
+        key = (path, ())  # DataFile says what is wrong
     file = _open.get(key)
     if file is None:
         file = _open[key] = DataFile(path)

@@ -158,6 +158,11 @@ def _refuse(array: Storage, found: str, *, allowed: str) -> None:
     raise refusal(array.file, array.name, found, allowed=allowed, do="write the file again with moemm.data.write_file")
 
 
+def file_state(status: os.stat_result) -> tuple[int, ...]:
+    """What is another once a file was replaced or changed, as far as the clock of its file system can tell."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 def check_file(path: str) -> int:
     """Size of the regular HDF5 file `path`; DataError for anything else (a pipe would block, a device never end)."""
     try:

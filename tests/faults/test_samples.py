@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+import weakref
 from pathlib import Path
 
 import h5py
@@ -14,6 +16,7 @@ import torch
 from benchmarks.faults import samples
 from moemm.data.quarantine import Bad, BadSampleError, first_sound
 from moemm.data.sample import Sample
+from moemm.data.shared import open_shared
 from moemm.distributed import World
 from moemm.errors import DataError
 from moemm.testing.forked import Nursery
@@ -78,6 +81,28 @@ def test_a_broken_chunk_does_not_take_the_other_rows_of_a_small_array(tmp_path: 
         with pytest.raises(DataError, match="rows 4 to 4"):
             file.read("image", 4)
         assert np.isfinite(file.read("image", 5)).all()
+
+
+def test_a_broken_sample_does_not_keep_its_file_open(tmp_path: Path) -> None:
+    path = samples.write(tmp_path / "probe.h5")
+    samples.KINDS["record/num: zeros"][1](path, 4)
+    opened = []
+
+    def read(number: int) -> Sample:
+        file = open_shared(str(path))
+        opened.append(weakref.ref(file))
+        try:
+            return Sample("probe", number, file.sample(number), 0)
+        except DataError as error:
+            raise BadSampleError(str(error), file=str(path), key="/modalities/record", index=number) from error
+
+    gc.disable()
+    try:
+        sample, (bad,) = first_sound(read, 4, 30)
+        assert (sample.index, bad.index) == (5, 4)
+        assert [one() for one in opened] == [None, None], "an error's frames hold it until garbage is collected"
+    finally:
+        gc.enable()
 
 
 def test_two_ranks_train_over_a_broken_sample_as_one_does(nursery: Nursery, tmp_path: Path) -> None:
