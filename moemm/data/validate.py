@@ -11,6 +11,7 @@ import numpy as np
 
 from moemm.data.catalogue import SPLITS
 from moemm.data.classes import class_counts, class_name, unseen_classes
+from moemm.data.cost import costly_arrays
 from moemm.data.file import DataFile, LabelInfo
 from moemm.data.limits import printable
 from moemm.data.value import Table, Value
@@ -50,6 +51,7 @@ def validate_file(path: str | os.PathLike[str]) -> Report:
                 _check_label(file, label, report)
             _check_groups(file, report)
             _check_integrity(file, report)
+            report.warnings += costly_arrays(file.layout)
             values = _Values(file, report)
             values.read()
             _check_duplicates(file, values, report)

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from moemm.checkpoint import Found, check_compatible, find_newest, newest_complete
-from moemm.checkpoint.resume import nothing_completed
+from moemm.checkpoint.resume import changed_keys, nothing_completed
 from moemm.checkpoint.store import load_weights
-from moemm.config import Config, LoadedConfig
+from moemm.config import Config, LoadedConfig, to_dict
 from moemm.data.build import build_catalogue
 from moemm.data.catalogue import Catalogue
-from moemm.data.shared import held_open
+from moemm.data.cost import costly_arrays
+from moemm.data.shared import held_open, open_shared
 from moemm.distributed import World, choose_cpu_threads, connect, on_board, on_main
 from moemm.errors import CheckpointError
 from moemm.modalities import ModalitySpec
@@ -81,6 +82,9 @@ def _train(
     found = _find(setup) if going_on else None
     trainer = Trainer(setup, world, callbacks, stop, start=found)
     try:
+        for file in dict.fromkeys(task.file for task in setup.catalogue.tasks if world.is_main):
+            for remark in costly_arrays(open_shared(file).layout):
+                trainer.tell(f"warning: {file}: {remark}")
         if found is not None:
             _restore(trainer, found)
         elif wanted:
@@ -120,6 +124,9 @@ def _restore(trainer: Trainer, found: Found) -> None:
         return
     trainer.restore(found.folder, found.manifest.step)
     trainer.tell(f"resumed from {found.folder} (step {found.manifest.step})")
+    changed = list(changed_keys(found.manifest.config, to_dict(trainer.config)).values())
+    if changed:
+        trainer.tell(f"settings that changed since step {found.manifest.step}: {', '.join(changed)}")
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from data_files import every_form
 from rich.console import Console
 
-from moemm.data import LabelData, ModalityData, Table, inspect_file, validate_file
+from moemm.data import DataFile, LabelData, ModalityData, Table, cost, inspect_file, repack_file, validate_file
 
 GOOD = {"licence": "CC0", "pairing": "natural"}
 
@@ -109,6 +109,49 @@ def test_data_without_checksums_is_pointed_out(make_file: Any) -> None:
     warnings = validate_file(path).warnings
     assert any("/modalities/accel/data, texts of text" in warning for warning in warnings)
     assert any("never read: notes" in warning for warning in warnings)
+
+
+@pytest.fixture
+def large_file(make_file: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a file that is too large to be kept decoded; its images in chunks of the given shape."""
+    images = np.random.default_rng(0).integers(0, 256, (24, 3, 96, 96), np.uint8)
+    modalities = {**every_form(), "photo": ModalityData(kind="image", values=images, layout="CHW")}
+
+    def write(chunk: tuple[int, ...] | None) -> Any:
+        path = make_file(**GOOD, modalities=modalities)
+        if chunk:
+            with h5py.File(path, "r+") as file:
+                del file["modalities/photo/data"]
+                file.create_dataset("modalities/photo/data", data=images, chunks=chunk, compression="gzip")
+        monkeypatch.setattr(cost, "CACHE_BYTES", 1 << 19)
+        return path
+
+    return write
+
+
+def test_chunks_that_make_samples_of_a_large_file_costly_are_pointed_out(
+    large_file: Any, make_file: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def costly(path: Any) -> list[str]:
+        return [warning for warning in validate_file(path).warnings if "to decode" in warning]
+
+    path = large_file((24, 3, 96, 48))
+    assert costly(path) == [], "648 KiB for 27 KiB: less than 16 of our own chunks"
+    path = large_file((24, 3, 96, 96))
+    with DataFile(path) as file:
+        storage = file.layout.modalities["photo"].parts["data"]
+    monkeypatch.setattr(cost, "_MOST", 9)
+    (text,) = costly(path)
+    assert text.startswith(
+        "/modalities/photo/data: a sample of 27.0 KiB costs 648.0 KiB to decode, in 1 chunks of shape"
+    )
+    assert storage.chunk == (24, 3, 96, 96) and "chunks=(2, 3, 96, 96))" in text
+    (text,) = costly(large_file((24, 1, 12, 12)))
+    assert "costs 648.0 KiB to decode, in 192 chunks of shape (24, 1, 12, 12)" in text
+    repack_file(path, tmp_path / "again.h5")
+    assert costly(tmp_path / "again.h5") == [] == costly(large_file(None))
+    monkeypatch.setattr(cost, "CACHE_BYTES", 1 << 20)
+    assert costly(path) == [], "it is decoded once and kept"
 
 
 def test_a_file_that_is_no_file(tmp_path: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from moemm.config import LoadedConfig, load_config
+from moemm.data import cost
 from moemm.data.sample import PackedBatch
 from moemm.errors import CheckpointError, ConfigError, HealthError
 from moemm.testing.tiny import tiny_config
@@ -223,6 +224,27 @@ def test_resume_of_a_run_that_was_killed_in_its_first_save_begins_anew(
     (cut_off.parent / "step_000001").rename(cut_off.parent / "step_000001.old")
     with pytest.raises(CheckpointError, match="No complete checkpoint"):  # it holds what could be put back
         train(config(train={"steps": 1}), resume=True)
+
+
+def test_resume_says_which_settings_changed(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(train={"steps": 1}))
+    train(config(train={"steps": 1}), resume=True)
+    assert "settings that changed" not in capsys.readouterr().out
+    train(config(train={"steps": 2}, data={"temperature": 2.0}), resume=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "settings that changed since step 1: data.temperature: was 1.0, is 2.0, train.steps: was 1, is 2" in said
+
+
+def test_data_that_is_slow_to_read_is_named(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(train={"steps": 1, "output": str(tmp_path / "before")}))
+    assert "to decode" not in capsys.readouterr().out
+    monkeypatch.setattr(cost, "CACHE_BYTES", 0)
+    monkeypatch.setattr(cost, "_MOST", 0.1)
+    train(config(train={"steps": 1}))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "tones.h5: /modalities/series/data: a sample of" in said and "repack_file(OLD, NEW)" in said
 
 
 def test_resume_with_a_changed_model_names_the_keys(config: Any) -> None:
