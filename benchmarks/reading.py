@@ -3,7 +3,8 @@
     MOEMM_SUITE=FOLDER python -m benchmarks.reading          # some minutes on one core
 
 The videos of actions.h5 (12 kB each), repeated until they are more than a file may keep decoded, written as
-moemm.data.write_file does, but for the size of chunks. Each file is opened anew in each round; files take turns.
+moemm.data.write_file does, but for the size of chunks; and in the chunks that h5py chooses for itself. Each file is
+opened anew in each round; files take turns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import h5py
 import numpy as np
 
 from benchmarks import record
@@ -25,7 +27,9 @@ from moemm.data.limits import CACHE_BYTES, KIB
 
 SIZES = (256, 128, 64, 32, 16)
 """KiB of a chunk."""
-READ = 1500
+READ, READ_FOREIGN = 1500, 30
+OURS = {f"chunks of {kib} KiB": kib for kib in SIZES}
+FOREIGN = "h5py's own chunks"
 COLUMNS = {"a sample, ms": "a sample", "opening, ms": "opening", "file, MB": "file"}
 
 
@@ -43,6 +47,18 @@ def written(folder: Path, kib: int, values: np.ndarray) -> Path:
     with mock.patch.object(writer, "_CHUNK_BYTES", kib * KIB):
         write_file(path, task="videos", labels=np.arange(len(values)) % 2, class_names=["a", "b"],
                    split=np.zeros(len(values), np.uint8), modalities=data)  # fmt: skip
+    return path
+
+
+def foreign(source: Path) -> Path:
+    """The same file with its videos in chunks that h5py chose."""
+    path = source.with_name("foreign.h5")
+    path.write_bytes(source.read_bytes())
+    with h5py.File(path, "r+") as file:
+        data = file["modalities/video/data"]
+        values, filters = data[()], {key: getattr(data, key) for key in ("compression", "shuffle", "fletcher32")}
+        del file["modalities/video/data"]
+        file.create_dataset("modalities/video/data", data=values, chunks=True, **filters)
     return path
 
 
@@ -65,15 +81,15 @@ def main() -> None:
     began, values, random = time.perf_counter(), videos(), np.random.default_rng(0)
     rows = [Row(case="decoded", metric="bytes", value=values.nbytes / 1e6, unit="MB")]
     with tempfile.TemporaryDirectory() as folder:
-        files = {kib: written(Path(folder), kib, values) for kib in SIZES}
-        orders = [random.permutation(len(values))[:READ] for _ in range(rounds)]
-        times: dict[int, list[tuple[float, float]]] = {kib: [] for kib in files}
-        for order in orders:
-            for kib, path in files.items():
-                times[kib].append(read(path, order))
-        for kib, path in files.items():
-            opening, sample = zip(*times[kib], strict=True)
-            case = f"chunks of {kib} KiB"
+        files = {case: written(Path(folder), kib, values) for case, kib in OURS.items()}
+        files[FOREIGN] = foreign(files["chunks of 64 KiB"])
+        times: dict[str, list[tuple[float, float]]] = {case: [] for case in files}
+        for _ in range(rounds):
+            order = random.permutation(len(values))[:READ]
+            for case, path in files.items():
+                times[case].append(read(path, order[:READ_FOREIGN] if case == FOREIGN else order))
+        for case, path in files.items():
+            opening, sample = zip(*times[case], strict=True)
             rows += [
                 Row(case=case, metric="a sample", value=1000 * statistics.median(sample),
                     deviation=1000 * deviation(sample), unit="ms", better="lower"),
