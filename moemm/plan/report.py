@@ -53,6 +53,11 @@ def total_steps(shape: ModelShape) -> int | None:
     return max(1, -(-round((train.epochs or 1.0) * samples) // train.batch_size)) if samples else None
 
 
+def host_bytes(shape: ModelShape, cluster: Cluster) -> int:
+    """Memory of a node's host that its ranks take while a run starts: each builds the whole model in fp32."""
+    return 4 * sum(parameters(shape).values()) * min(cluster.count, cluster.device.node)
+
+
 def to_dict(shape: ModelShape, work: Workload, plans: Sequence[Plan], question: Question) -> Json:
     """Everything, as JSON types: bytes, seconds, operations; the choice, and the grid."""
     best = plans[0]
@@ -75,6 +80,7 @@ def to_dict(shape: ModelShape, work: Workload, plans: Sequence[Plan], question: 
             "active_by_row": {_row(row): active_of(shape, sizes, *row) for row in shape.rows},
             "per_rank": {"held": best.layout.held, "states": best.layout.owned},
         },
+        "host_bytes_at_start": host_bytes(shape, question.cluster),
         "operations_per_sample": {"training": flops.training(shape, work), "forward": flops.forward(shape, work)},
         "choice": _plan(best, shape, work, question),
         "warnings": list(warnings(shape, work, best, device)),
@@ -160,6 +166,10 @@ def _choice_table(values: Json) -> Any:
             "micro-batch x train.accumulation x ranks",
         ),
         ("memory", f"{_gib(choice['memory']['total'])} a rank", f"of {_gib(gpus['memory'])}"),
+        (
+            "host", f"{_gib(values['host_bytes_at_start'])} a node",
+            f"at the start: each of {min(gpus['count'], gpus['node'])} ranks builds the whole model in fp32",
+        ),
         (
             "step", f"{_time(choice['seconds_per_step'])}",
             f"{_time(choice['computing'])} computing at {gpus['efficiency']:.0%} of peak ({gpus['efficiency_from']}), "

@@ -21,6 +21,8 @@ from moemm.distributed import ExpertGroups, World, note_collective, prepare_envi
 from moemm.train import zero_experts
 from moemm.train.lean import compile_when_called, mark_uncompiled, without_compiler
 
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
@@ -76,10 +78,26 @@ def _wants_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ..
     return inputs[0].detach().requires_grad_(), *inputs[1:]
 
 
+def _place(deepspeed: Any, model: nn.Module, section: dict[str, Any], device: torch.device) -> None:
+    """Bring the weights to the device as DeepSpeed trains them; it would bring all of them there in fp32 first.
+
+    bf16 is rounded on the host, and ZeRO-3 divides each tensor among the ranks before the next one comes.
+    """
+    if section.get("bf16", {}).get("enabled"):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    zero = section["zero_optimization"]
+    if zero["stage"] == 3:
+        quantized = {key: zero.get(key, False) for key in _QUANTIZED}
+        deepspeed.zero.Init(module=model, config_dict_or_path=section, **quantized)
+    model.to(device)
+
+
 class Engine:
     """The DeepSpeed engine with the few calls that training needs.
 
-    model: on `world.device`, with the same weights on every rank; from here on DeepSpeed owns its parameters.
+    model: on the host, with the same weights on every rank; from here on DeepSpeed owns its parameters, and they are on
+    `world.device`.
     """
 
     def __init__(self, model: nn.Module, config: Config, world: World, *, groups: ExpertGroups | None = None) -> None:
@@ -102,20 +120,17 @@ class Engine:
                     module.register_forward_pre_hook(_wants_gradient)
         zero_experts.mark_experts(deepspeed, model, self._groups, zero_stage=self.zero_stage)
         mark_uncompiled()
-        optimizer = without_compiler(
-            torch.optim.AdamW(
-                parameter_groups(model, weight_decay=config.train.weight_decay),
-                lr=config.train.lr,
-                betas=config.train.betas,
-                fused=True,
-            )
-        )
         section = deepspeed_section(config, world_size=world.size)
         if self._is_spread:
             zero_experts.adapt_section(section, config, model)
+        parameters = parameter_groups(model, weight_decay=config.train.weight_decay)
         with _quiet():
             backend = torch.distributed.get_backend()
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            _place(deepspeed, model, section, world.device)
+            optimizer = without_compiler(
+                torch.optim.AdamW(parameters, lr=config.train.lr, betas=config.train.betas, fused=True)
+            )
             self.deepspeed = deepspeed.initialize(model=model, optimizer=optimizer, config=section)[0]
         if self._is_spread:
             zero_experts.adapt_optimizer(self.deepspeed.optimizer, zero_stage=self.zero_stage)

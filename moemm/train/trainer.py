@@ -94,7 +94,6 @@ class Trainer:
         self.tasks = tuple(task.name for task in setup.catalogue.tasks)
         self.num_parameters, self._num_trained = model.num_parameters(), count_trained(model)
         spread_experts(model, self.config, groups)
-        model.to(world.device)
         self._expert_map = model.map if self.config.model.moe == "sparse" else None
         self._guard = GradientGuard(model, groups, world_size=world.size, watch_forward=given.zero_stage == 3)
         self.engine = Engine(model, self.config, world, groups=groups)

@@ -343,6 +343,29 @@ def recomputed(folder: str, cases: list[tuple[str, int]]) -> dict[str, Any]:
     return found
 
 
+def placed(folder: str, cases: list[tuple[str, int]]) -> dict[str, Any]:
+    """What DeepSpeed's engine is given: elements that the parameters hold on this rank, their types; all elements."""
+    import deepspeed
+
+    world, initialize = connect(timeout_s=60), deepspeed.initialize
+    found: dict[str, Any] = {}
+    given: list[Any] = []
+
+    def begin(*, model: nn.Module, **named: Any) -> Any:
+        parameters = list(model.parameters())
+        given[:] = [sum(one.numel() for one in parameters), sorted({str(one.dtype) for one in parameters})]
+        return initialize(model=model, **named)
+
+    for precision, stage in cases:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(deepspeed, "initialize", begin)
+            train = {"precision": precision}
+            trainer, _ = build(Path(folder), world, name=f"placed_{precision}_{stage}", stage=stage, train=train)
+        found[f"{precision} {stage}"] = [*given, trainer.num_parameters[0]]
+        done(trainer)
+    return found
+
+
 def deal(patch: pytest.MonkeyPatch, loader: type[Apart]) -> None:
     """Train on what `loader` deals out."""
     patch.setattr(

@@ -177,6 +177,9 @@ def test_conflicts_are_settled_as_one_rank_would(settled: dict[str, np.ndarray],
         assert np.abs(one[1:] - settled["one sum 0"][1:]).max() > 5e-3, "this must change something to mean anything"
 
 
+PLACED = [("fp32", 1), ("bf16", 2), ("fp32", 3), ("bf16", 3)]
+
+
 @pytest.fixture(scope="module")
 def trapped(folder: Path) -> list[Any]:
     calls = [
@@ -187,8 +190,17 @@ def trapped(folder: Path) -> list[Any]:
         ("interrupted", {}),
         ("recomputed", {"cases": RECOMPUTED}),
         ("full_disk", {"failures": 2, "background": True}),
+        ("placed", {"cases": PLACED}),
     ]
     return job("several", folder=str(folder), calls=calls)
+
+
+@pytest.mark.parametrize(("precision", "stage"), PLACED)
+def test_no_device_gets_more_of_the_weights_than_it_trains_with(trapped: list[Any], precision: str, stage: int) -> None:
+    for rank in trapped:
+        here, types, whole = rank[7][f"{precision} {stage}"]
+        assert types == [{"fp32": "torch.float32", "bf16": "torch.bfloat16"}[precision]]
+        assert here == (0 if stage == 3 else whole), "ZeRO-3 holds each tensor in parts from the start"
 
 
 @pytest.mark.parametrize("stage", STAGES)

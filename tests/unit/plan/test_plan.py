@@ -255,8 +255,12 @@ def test_the_command(files: tuple[Path, Path], moemm: Run) -> None:
     assert code == 0 and values["gpus"]["count"] == 64 and values["choice"]["fits"]
     assert sum(values["choice"]["memory"]["parts"].values()) == pytest.approx(values["choice"]["memory"]["total"])
     assert values["choice"]["gpu_hours"] == pytest.approx(64 * values["choice"]["hours"])
+    assert values["host_bytes_at_start"] == 8 * 4 * values["parameters"]["total"], (
+        "each of a node's ranks has all of it"
+    )
     code, out, _ = moemm("plan", config, "--data", data, "--gpus", "4xA100", "--tokens", "image=196")
-    assert code == 0 and "memory of a rank" in out and "--deepspeed.zero-stage" in out
+    assert code == 0 and "each of 4 ranks builds the whole model" in " ".join(out.replace("│", " ").split())
+    assert "memory of a rank" in out and "--deepspeed.zero-stage" in out
     _, more, _ = moemm("plan", config, "--data", data, "--json", "--tokens", "image=196")
     assert json.loads(more)["data"]["tokens_per_sample"]["image"] == 196
 
