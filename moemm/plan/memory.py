@@ -84,15 +84,17 @@ def _gathered(layout: Layout) -> Parts:
 
 
 def _gradients(shape: ModelShape, layout: Layout) -> Parts:
-    """Of the end of the backward pass. From ZeRO 1 on gradients pass through a bucket and its flat copy; those of a
-    layer's experts come all at once, and wait for it."""
+    """Of the backward pass. From ZeRO 1 on gradients pass through a bucket; those of a layer's experts come all at
+    once, and wait for it. A flat copy is sent, beside activations where the bucket is full before the end."""
     if layout.stage == 0:
         return {"gradients": layout.trained * layout.bytes}
     layer, bucket = _largest_layer(shape) / layout.ep, min(BUCKET_SIZE, layout.trained)
     if layout.ranks == 1:
         buckets = bucket * layout.bytes
+    elif layout.stage == 3:
+        buckets = (2 * bucket + layer) * layout.bytes
     else:
-        buckets = (2 * bucket + (layer if layout.stage == 3 else max(layer - bucket, 0.0))) * layout.bytes
+        buckets = (max(layer, bucket) + (0 if _sent_last(layout) else bucket)) * layout.bytes
     if layout.stage == 1 and layout.accumulation > 1:
         return {"gradients": layout.trained * STATE, "buckets": buckets}
     return {"gradients": layout.owned * STATE, "buckets": buckets}
@@ -109,7 +111,12 @@ def _largest_layer(shape: ModelShape) -> int:
 def _reduce(layout: Layout) -> Parts:
     if layout.stage == 0:
         return {"flat copy": min(layout.trained, REDUCED) * layout.bytes}
-    return {}
+    return {"flat copy": layout.trained * layout.bytes} if layout.ranks > 1 and _sent_last(layout) else {}
+
+
+def _sent_last(layout: Layout) -> bool:
+    """Whether all gradients of ZeRO 1 or 2 fit into one bucket, which is sent when the backward pass is over."""
+    return layout.stage < 3 and layout.trained <= BUCKET_SIZE
 
 
 def _update(layout: Layout) -> Parts:

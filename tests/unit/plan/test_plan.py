@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moemm.cli.app import main
 from moemm.config import LoadedConfig, load_config
+from moemm.config.deepspeed import BUCKET_SIZE
 from moemm.data.loader import train_loader
 from moemm.data.sample import PackedBatch
 from moemm.errors import ConfigError
@@ -165,6 +166,15 @@ def test_memory_shrinks_with_what_shards_it(files: tuple[Path, Path]) -> None:
     assert held(wide, micro_batch=64)["backward"] > held(wide)["backward"]
     again = shape_of(files, "--model.dim", "1024", *HALF, "--train.activation-checkpointing", "true")
     assert held(again, micro_batch=512)["backward"] < held(wide, micro_batch=512)["backward"]
+
+
+def test_one_bucket_is_sent_after_the_activations_and_several_beside_them(files: tuple[Path, Path]) -> None:
+    small, large = shape_of(files), shape_of(files, "--model.dim", "2048", "--model.layers", "4")
+    assert layout(small).trained < BUCKET_SIZE < layout(large).trained
+    for shape, later in ((small, 4 * layout(small).trained), (large, 0)):
+        moments = [held(shape, ranks=ranks, stage=2) for ranks in (2, 1)]
+        two, one = (found["reduce"] - found["backward"] for found in moments)
+        assert two - one == pytest.approx(later), "the flat copy, but for what is there at both moments"
 
 
 def test_rows_that_go_to_other_ranks(files: tuple[Path, Path]) -> None:
