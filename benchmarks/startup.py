@@ -3,8 +3,8 @@
     python -m benchmarks.startup               # some minutes; on a machine that is otherwise idle
 
 `moemm train` on the quickstart with its six files, measured until it prints the line of its first step, and a script
-that imports torch and deepspeed, opens the same files and reads one sample of each. The two take turns; medians. CPU
-time is that of the process until that line, with the processes that it has waited for; it depends less on what else
+that imports torch and deepspeed, opens the same files and reads one sample of each. The two take turns; the median of
+the ratios of each turn. CPU time is that of the process until that line, with the processes that it has waited for; it depends less on what else
 runs, and the ratio still less: seconds are not written down.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.record import Row
-from benchmarks.runs import ROOT
+from benchmarks.runs import ROOT, deviation
 
 RECIPE = "configs/recipes/quickstart.yaml"
 TARGET = 1.5
@@ -80,18 +80,24 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def rows_of(times: dict[str, list[tuple[float, float]]]) -> list[Row]:
-    """The ratios of the medians. times: way, the run first -> (wall, CPU) seconds of each round."""
+    """The medians of the ratios of each round: a clock that goes slower for a while slows both.
+
+    times: way, the run first -> (wall, CPU) seconds of each round.
+    """
     rows = []
     for clock, name in enumerate(("time", "CPU time")):
-        run, least = (statistics.median(one[clock] for one in seconds) for seconds in times.values())
-        rows.append(Row(case="moemm train", metric=f"{name} / least", value=run / least, better="lower", target=TARGET))
+        ratios = [run[clock] / least[clock] for run, least in zip(*times.values(), strict=True)]
+        rows.append(
+            Row(case="moemm train", metric=f"{name} / least", value=statistics.median(ratios),
+                deviation=deviation(ratios), better="lower", target=TARGET)
+        )  # fmt: skip
     return rows
 
 
 def main() -> None:
     """Measure, write results/startup.json, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="how often each is started; the first does not count")
+    parser.add_argument("--rounds", type=int, default=13, help="how often each is started; the first does not count")
     rounds = parser.parse_args().rounds
     began = time.perf_counter()
     files = sorted((ROOT / "data" / "quickstart").glob("*.h5"))

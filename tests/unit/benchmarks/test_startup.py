@@ -18,7 +18,8 @@ def test_a_command_without_a_step_is_an_error() -> None:
         until_first_step([sys.executable, "-c", "import sys; print('step 2/9'); sys.exit('no data')"])
 
 
-def test_ratios_are_of_medians() -> None:
-    rows = rows_of({"run": [(3.0, 2.0), (9.0, 2.2), (4.0, 2.4)], "least": [(2.0, 1.0), (2.0, 2.0), (2.0, 1.1)]})
-    ratios = {row.metric: (row.value, row.ok) for row in rows if row.target}
-    assert ratios == {"time / least": (2.0, False), "CPU time / least": (2.0, False)}
+def test_ratios_are_of_a_round() -> None:
+    rows = rows_of({"run": [(3.0, 2.0), (9.0, 2.2), (4.0, 3.6)], "least": [(2.0, 1.0), (6.0, 2.0), (2.0, 1.2)]})
+    ratios = {row.metric: (row.value, row.ok) for row in rows}
+    assert ratios == {"time / least": (1.5, True), "CPU time / least": (2.0, False)}
+    assert all(row.deviation for row in rows)
