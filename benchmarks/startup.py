@@ -4,8 +4,8 @@
 
 `moemm train` on the quickstart with its six files, measured until it prints the line of its first step, and a script
 that imports torch and deepspeed, opens the same files and reads one sample of each. The two take turns; the median of
-the ratios of each turn. CPU time is that of the process until that line, with the processes that it has waited for; it depends less on what else
-runs, and the ratio still less: seconds are not written down.
+the ratios of each turn. CPU time is that of the process until that line, with the processes that it has waited for; it
+depends less on what else runs, and the ratio still less: seconds are not written down.
 """
 
 from __future__ import annotations
