@@ -51,6 +51,10 @@ class ArrayCache:
             whole = self._decode(storage)
         return self._read(storage, start, stop, keep=True) if whole is None else whole[start:stop]
 
+    def kept(self, storage: Storage) -> np.ndarray | None:
+        """The whole array, read-only, where it is kept decoded by now."""
+        return self._whole.get(storage.name)
+
     def _decode(self, storage: Storage) -> np.ndarray | None:
         """The whole array, to be kept; None where some of it is broken: its other rows can be read yet."""
         try:

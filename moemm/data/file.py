@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -64,6 +66,7 @@ class DataFile:
         self._cache = ArrayCache(self.path, cache_bytes=cache_bytes)
         try:
             self._present: dict[str, np.ndarray] = {}
+            self._quick: dict[str, Callable[[int], Value | None] | None] = {}
             self._read_columns()
             self.info = self._info()
         except BaseException:
@@ -83,6 +86,7 @@ class DataFile:
 
     def close(self) -> None:
         """Closes the file; reading afterwards is a DataError."""
+        self._quick = {}
         self._cache.close()
 
     @property
@@ -147,19 +151,47 @@ class DataFile:
         Arrays: fixed (...), ragged (T, ...); floats as float32, integers as stored, always a copy. Others: str, Table.
         Raises DataError: no such modality or sample, broken bytes.
         """
+        quick = self._quick.get(name)
+        if quick is not None and 0 <= index < self._layout.num_samples:
+            return quick(index)
         modality = self._modality(name)
         if not 0 <= index < len(self):
             raise self._refuse("/", f"no sample {index}", allowed=f"0 to {len(self) - 1}", do="check the index")
+        value = self._read(modality, index)
+        if value is not None and name not in self._quick:
+            self._quick[name] = self._quick_reader(modality)
+        return value
+
+    def _read(self, modality: StoredModality, index: int) -> Value | None:
         if modality.form == "text":
             return self._text(modality, index) or None
         if modality.form == "tabular":
             return self._record(modality, index)
         data = modality.parts["data"]
         if modality.form == "fixed":
-            here = "present" not in modality.parts or self.present(name)[index]
+            here = "present" not in modality.parts or self.present(modality.info.name)[index]
             return np.array(self._cache.rows(data, index, index + 1)[0], value_dtype(data)) if here else None
-        start, stop = int(self._offsets[name][index]), int(self._offsets[name][index + 1])
+        start, stop = self._offsets[modality.info.name][index : index + 2].tolist()
         return self._cache.rows(data, start, stop).astype(value_dtype(data)) if stop > start else None
+
+    def _quick_reader(self, modality: StoredModality) -> Callable[[int], Value | None] | None:
+        """What gives the same values with everything looked up; None where the arrays are not kept decoded."""
+        name, parts = modality.info.name, modality.parts
+        if modality.form == "text":
+            return None
+        wanted = ("num", "cat") if modality.form == "tabular" else ("data",)
+        kept = [array for part in wanted if (array := self._cache.kept(parts[part])) is not None]
+        if len(kept) < len(wanted):
+            return None
+        if modality.form == "ragged":
+            return partial(_rows, kept[0], value_dtype(parts["data"]), self._offsets[name])
+        here = self.present(name)
+        if modality.form == "fixed":
+            return partial(_row, kept[0], value_dtype(parts["data"]), here)
+        num, cat = kept
+        if ((cat < 0) | (cat >= np.array(modality.info.cat_sizes))).any():
+            return None  # `_record` says where
+        return partial(_table, num, cat, here)
 
     def sample(self, index: int) -> dict[str, Value]:
         """All modalities that sample `index` has, by name."""
@@ -319,3 +351,17 @@ class DataFile:
 
     def _refuse(self, place: str, found: str, *, allowed: str, do: str) -> DataError:
         return refusal(self.path, place, found, allowed=allowed, do=do)
+
+
+# What `DataFile.read` gives of arrays that are kept; no methods, so that no file is held by what it holds.
+def _row(data: np.ndarray, dtype: np.dtype[Any], here: np.ndarray, index: int) -> np.ndarray | None:
+    return np.array(data[index], dtype) if here[index] else None
+
+
+def _rows(data: np.ndarray, dtype: np.dtype[Any], offsets: np.ndarray, index: int) -> np.ndarray | None:
+    start, stop = offsets[index], offsets[index + 1]
+    return data[start:stop].astype(dtype) if stop > start else None
+
+
+def _table(num: np.ndarray, cat: np.ndarray, here: np.ndarray, index: int) -> Table | None:
+    return Table(num[index].astype(np.float32), cat[index].astype(np.int32)) if here[index] else None

@@ -50,7 +50,7 @@ def flaw(value: Value) -> str | None:
     """What makes a value useless for training, though it can be read: infinite numbers, or no number at all."""
     if isinstance(value, Table):
         return "an infinite number" if np.isinf(value.num).any() else None
-    if isinstance(value, str) or value.dtype.kind != "f" or not value.size:
+    if isinstance(value, str) or value.dtype.kind != "f" or not value.size or np.isfinite(value).all():
         return None
     if np.isinf(value).any():
         return "an infinite number"

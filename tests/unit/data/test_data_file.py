@@ -10,6 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from data_files import every_form
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -68,6 +69,31 @@ def test_a_layout_is_read_anew_only_where_the_file_changed(make_file: Any, monke
         with pytest.raises(DataError):
             DataFile(path)
     assert len(reads) == 6, "a refusal is not kept"
+
+
+def test_values_of_arrays_that_are_kept_are_those_of_arrays_that_are_not(make_file: Any) -> None:
+    forms = every_form()
+    lacking = [None, *forms["image"].values[1:]]
+    path = make_file(modalities={**forms, "sometimes": ModalityData(kind="image", values=lacking, layout="CHW")})
+    with DataFile(path) as kept, DataFile(path, cache_bytes=0) as not_kept:
+        for _ in range(2):
+            for index in range(len(kept)):
+                mine, other = kept.sample(index), not_kept.sample(index)
+                assert list(mine) == list(other) and ("sometimes" in mine) == (lacking[index] is not None)
+                for name, value in mine.items():
+                    parts = (
+                        [(a, b) for a, b in zip(value, other[name], strict=True)] if isinstance(value, Table) else []
+                    )
+                    for a, b in parts or [(value, other[name])]:
+                        assert type(a) is type(b) and np.array_equal(a, b, equal_nan=not isinstance(a, str))
+                        assert isinstance(a, str) or (a.dtype == b.dtype and a.flags.writeable)
+        assert {name for name, quick in kept._quick.items() if quick} == {*kept._layout.modalities} - {"text"}
+        assert not any(not_kept._quick.values())
+        for wrong in (-1, len(kept)):
+            with pytest.raises(DataError, match=f"no sample {wrong}"):
+                kept.read("image", wrong)
+    with pytest.raises(DataError, match="is closed"):
+        kept.read("image", 0)
 
 
 def test_values_are_copies(make_file: Any) -> None:
