@@ -1,4 +1,4 @@
-"""`moemm data inspect` and `moemm data validate`."""
+"""`moemm data inspect`, `moemm data validate` and `moemm data repack`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,33 @@ class Validate:
         if not self.files:
             raise DataError("moemm data validate: no file given; usage: moemm data validate FILE...")
         return max(_validate(path) for path in self.files)
+
+
+@dataclass(kw_only=True)
+class Repack:
+    """Write a data file again: checksums on everything, chunks of whole samples; every value stays as it is.
+
+    Needs the memory of the decoded file.
+    """
+
+    old: Positional[Annotated[Path, arg(metavar="OLD")]]
+    """HDF5 file in moemm's format."""
+    new: Positional[Annotated[Path, arg(metavar="NEW")]]
+    """File to write; there must be none yet."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        """Write it and print what came of it; 0."""
+        del overrides
+        _require(self.old)
+        if self.new.exists():
+            raise DataError(f"{self.new}: is there already\n  to do: give another name, or remove it first")
+        from moemm.data import repack_file
+        from moemm.data.limits import size
+
+        info = repack_file(self.old, self.new)
+        before, after = (size(path.stat().st_size) for path in (self.old, self.new))
+        show(f"{self.new}: {info.num_samples} samples, {after}; {self.old} has {before}")
+        return 0
 
 
 def _validate(path: Path) -> int:

@@ -180,6 +180,11 @@ VERBS: dict[str, Verb] = {
         target="moemm.cli.data:Validate",
         help="check data files from end to end",
     ),
+    "data repack": Verb(
+        usage="OLD NEW",
+        target="moemm.cli.data:Repack",
+        help="write a data file again: checksums, whole samples",
+    ),
     "doctor": Verb(
         usage="",
         target="moemm.cli.doctor:Doctor",

@@ -37,5 +37,5 @@ def _remark(storage: Storage, num_samples: int) -> Iterator[str]:
         yield (
             f"{storage.name}: a sample of {size(int(own))} costs {size(int(decoded))} to decode, in {chunks:.0f} "
             f"chunks of shape {storage.chunk}, again each time that it is drawn; write the file with chunks of whole "
-            f"rows, such as {whole}: moemm.data.repack_file(OLD, NEW), or h5py's create_dataset(..., chunks={whole})"
+            f"rows, such as {whole}: `moemm data repack OLD NEW`, or h5py's create_dataset(..., chunks={whole})"
         )

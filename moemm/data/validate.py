@@ -118,7 +118,7 @@ def _check_integrity(file: DataFile, report: Report) -> None:
     if unchecked:
         report.warnings.append(
             f"stored without a checksum, so changed bytes would go unnoticed: {_some(unchecked)}; "
-            "moemm.data.repack_file(OLD, NEW) adds them"
+            "`moemm data repack OLD NEW` adds them"
         )
 
 

@@ -9,6 +9,7 @@ import types
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,6 +17,8 @@ from moemm import errors
 from moemm.cli import app
 from moemm.cli.verbs import VERBS
 from moemm.config.schema import Config
+from moemm.data import DataFile
+from moemm.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -114,6 +117,21 @@ def test_ranks_sign_their_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     app.main(["train"])
     assert capsys.readouterr().err == "[rank 1] error: broken\n"
+
+
+def test_data_repack_writes_a_new_file_and_never_over_one(tmp_path: Path, capsys: Capture) -> None:
+    old, new = ROOT / "data" / "quickstart" / "vowels.h5", tmp_path / "new.h5"
+    assert app.main(["data", "repack", str(old), str(new)]) == 0
+    assert " samples, " in capsys.readouterr().out
+    with DataFile(old) as before, DataFile(new) as after:
+        assert len(before) == len(after) and np.array_equal(before.targets(), after.targets())
+        for index in (0, len(before) - 1):
+            assert all(np.array_equal(value, after.read(name, index)) for name, value in before.sample(index).items())
+    written = new.read_bytes()
+    assert app.main(["data", "repack", str(old), str(new)]) == DataError.exit_code
+    assert "is there already" in capsys.readouterr().err and new.read_bytes() == written
+    assert app.main(["data", "repack", str(tmp_path / "none.h5"), str(tmp_path / "other.h5")]) == DataError.exit_code
+    assert "none.h5" in capsys.readouterr().err and not (tmp_path / "other.h5").exists()
 
 
 def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,7 @@ def test_data_that_is_slow_to_read_is_named(
     monkeypatch.setattr(cost, "_MOST", 0.1)
     train(config(train={"steps": 1}))
     said = " ".join(capsys.readouterr().out.split())
-    assert "tones.h5: /modalities/series/data: a sample of" in said and "repack_file(OLD, NEW)" in said
+    assert "tones.h5: /modalities/series/data: a sample of" in said and "`moemm data repack OLD NEW`" in said
 
 
 def test_resume_with_a_changed_model_names_the_keys(config: Any) -> None:
