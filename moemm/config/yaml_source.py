@@ -34,10 +34,24 @@ _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
+class _TooDeepError(Exception):
+    """A node deeper than MAX_DEPTH, in this line."""
+
+
 class _Loader(yaml.SafeLoader):
     """Only composes; the values are made here, so that no constructor of PyYAML ever runs."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own way)
+    _depth = -1
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The node that comes next, with all that it holds; _TooDeepError, before PyYAML has gone far into it."""
+        if self._depth >= MAX_DEPTH:
+            raise _TooDeepError(self.peek_event().start_mark.line + 1)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 for _name, (_pattern, _) in _SCALARS.items():
@@ -83,8 +97,8 @@ def _read(content: bytes, *, name: str, layer: int, folder: Path | None) -> Sour
         node = yaml.compose(content, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: is not YAML: {_syntax(error)}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name}: nested more than {MAX_DEPTH} deep") from error
+    except _TooDeepError as error:
+        raise ConfigError(f"{name}:{error}: nested more than {MAX_DEPTH} deep") from error
     if node is None:
         return None
     converter = _Converter(name=name, layer=layer, folder=folder)
