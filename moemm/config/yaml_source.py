@@ -20,6 +20,8 @@ from moemm.errors import ConfigError
 MAX_BYTES = 64 * 1024
 MAX_VALUES = 20_000
 MAX_DEPTH = 32
+_TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
+_TOO_MANY = f"more than {MAX_VALUES} values once aliases are expanded"
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -34,24 +36,32 @@ _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
-class _TooDeepError(Exception):
-    """A node deeper than MAX_DEPTH, in this line."""
+class _TooMuchError(Exception):
+    """What there is too much of, after the line where it is noticed."""
 
 
 class _Loader(yaml.SafeLoader):
     """Only composes; the values are made here, so that no constructor of PyYAML ever runs."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own way)
-    _depth = -1
+    _depth, _values = -1, 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The node that comes next, with all that it holds; _TooDeepError, before PyYAML has gone far into it."""
-        if self._depth >= MAX_DEPTH:
-            raise _TooDeepError(self.peek_event().start_mark.line + 1)
+        """The node that comes next, with all that it holds; _TooMuchError before PyYAML has read on."""
+        is_key = isinstance(parent, yaml.MappingNode) and index is None
         self._depth += 1
+        self._values += not is_key
+        if self._depth > MAX_DEPTH:
+            raise _TooMuchError(f"{self._here()}: {_TOO_DEEP}")
+        if self._values > MAX_VALUES:
+            raise _TooMuchError(f"{self._here()}: {_TOO_MANY}")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
+
+    def _here(self) -> int:
+        line: int = self.peek_event().start_mark.line + 1
+        return line
 
 
 for _name, (_pattern, _) in _SCALARS.items():
@@ -97,8 +107,8 @@ def _read(content: bytes, *, name: str, layer: int, folder: Path | None) -> Sour
         node = yaml.compose(content, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: is not YAML: {_syntax(error)}") from error
-    except _TooDeepError as error:
-        raise ConfigError(f"{name}:{error}: nested more than {MAX_DEPTH} deep") from error
+    except _TooMuchError as error:
+        raise ConfigError(f"{name}:{error}") from error
     if node is None:
         return None
     converter = _Converter(name=name, layer=layer, folder=folder)
@@ -115,9 +125,9 @@ class _Converter:
 
     def convert(self, node: yaml.Node, path: KeyPath) -> Any:
         if len(path) > MAX_DEPTH:
-            raise ConfigError(f"{self.name}:{_line(node)}: nested more than {MAX_DEPTH} deep (an alias inside itself?)")
+            raise ConfigError(f"{self.name}:{_line(node)}: {_TOO_DEEP} (an alias inside itself?)")
         if len(self.origins) >= MAX_VALUES:
-            raise ConfigError(f"{self.name}:{_line(node)}: more than {MAX_VALUES} values once aliases are expanded")
+            raise ConfigError(f"{self.name}:{_line(node)}: {_TOO_MANY}")
         self.origins[path] = Origin(text=f"{self.name}:{_line(node)}", layer=self.layer, folder=self.folder)
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
             return self._mapping(node, path)
