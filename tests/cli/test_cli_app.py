@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -143,6 +144,7 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_train_gets_configuration_and_overrides(
     front: list[str], recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    importlib.import_module("moemm.train.lean")  # the command asks for it, too, and a fake has no modules of its own
     seen = {}
     fake = types.ModuleType("moemm.train")
 
